@@ -1,0 +1,169 @@
+"""The card: what an explained model says about itself, as JSON under one key of its metadata.
+
+The run side learns everything it needs from here and imports neither onnx nor torch to read it.
+The format is written down in ``docs/format.md``.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from onnxcam.errors import OnnxcamError
+
+KEY = "onnxcam"
+"""The key in the model's ``metadata_props``."""
+
+FORMAT = 1
+"""The version of the card and of the inputs and outputs that an explained model has."""
+
+COLORS = ("RGB", "BGR", "GRAY")
+LAYOUTS = ("NCHW", "NHWC")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes the model's input: ``x = (pixel * scale - mean) / std``, pixels in 0..255.
+
+    Attributes:
+        name: the model input that takes the picture.
+        layout: ``NCHW`` or ``NHWC``.
+        height, width: the size of the input in pixels; None where the graph leaves it open.
+        color: order of the channels, ``RGB``, ``BGR`` or ``GRAY``.
+        scale: multiplies the pixel value before `mean` is subtracted: ``1/255`` or ``1``.
+        mean, std: one value per channel, in the order of `color`.
+        resize: ``stretch`` (to height x width, aspect ratio lost), ``crop`` (shorter edge to the
+            larger of height and width, then the centre) or ``crop:N`` (shorter edge to N pixels first).
+        interpolation: the resampling filter, antialiased as Pillow does it.
+
+    A field that nobody stated is None; `missing` names those fields.
+    """
+
+    name: str
+    layout: str = "NCHW"
+    height: int | None = None
+    width: int | None = None
+    color: str | None = None
+    scale: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize: str | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise OnnxcamError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
+        if self.color is not None and self.color not in COLORS:
+            raise OnnxcamError(f"color is {self.color!r}; it must be one of {', '.join(COLORS)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise OnnxcamError(
+                f"interpolation is {self.interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}"
+            )
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise OnnxcamError(f"{name} is {size}; it must be at least 1 pixel")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if self.color is not None and len(values) not in (1, self.channels):
+                raise OnnxcamError(
+                    f"{name} has {len(values)} values; {self.color} needs 1 or {self.channels}"
+                )
+            if name == "std" and not all(value > 0 for value in values):
+                raise OnnxcamError(f"std is {list(values)}; every value must be above zero")
+        if self.resize is not None:
+            self._check_resize(self.resize)
+
+    def _check_resize(self, resize: str) -> None:
+        rule, colon, edge = resize.partition(":")
+        if rule not in ("stretch", "crop") or (colon and (rule != "crop" or not edge.isdecimal())):
+            raise OnnxcamError(f"resize is {resize!r}; it must be stretch, crop or crop:PIXELS")
+        larger = max(self.height or 0, self.width or 0)
+        if edge and int(edge) < max(larger, 1):
+            raise OnnxcamError(
+                f"resize {resize!r} makes the picture smaller than the {self.height}x{self.width} crop"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Number of channels that `color` has."""
+        return 1 if self.color == "GRAY" else 3
+
+    @property
+    def shorter_edge(self) -> int | None:
+        """Length in pixels that the picture's shorter edge gets before the crop; None for ``stretch``."""
+        if self.resize is None or self.resize == "stretch":
+            return None
+        edge = self.resize.partition(":")[2]
+        return int(edge) if edge else max(self.height or 0, self.width or 0)
+
+    def missing(self) -> list[str]:
+        """Names of the facts that are still unknown and without which no picture can be prepared."""
+        facts = ("height", "width", "color", "scale", "mean", "std", "resize")
+        return [fact for fact in facts if getattr(self, fact) is None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What an explained model says about itself.
+
+    Attributes:
+        input: how a picture becomes the model's input.
+        scores: name of the model output that holds the class scores.
+        scores_are: ``logits`` or ``probabilities``: what that output holds.
+        layer: name of the ONNX value that the map is made from.
+        method: the method's name, such as ``gradcam``.
+        score: ``before`` or ``after`` the softmax: which score the gradient is of.
+        module: PyTorch module path of the layer, where the exporter recorded it.
+        labels: class names by index, or None.
+        tool: name and version of the program that wrote the card.
+        format: version of the card.
+    """
+
+    input: Preprocess
+    scores: str
+    scores_are: str
+    layer: str
+    method: str
+    score: str
+    tool: str
+    module: str | None = None
+    labels: tuple[str, ...] | None = None
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Return the card as one line of JSON; facts that are unknown are left out."""
+        fields = dataclasses.asdict(self)
+        fields["input"] = {k: v for k, v in fields["input"].items() if v is not None}
+        return json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "Card | None":
+        """Read the card from a model's metadata; None if the model has none.
+
+        Raises:
+            OnnxcamError: the card is damaged, or of a format newer than this program reads.
+        """
+        text = metadata.get(KEY)
+        if text is None:
+            return None
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields["format"]
+            if version != FORMAT:
+                raise OnnxcamError(
+                    f"the model's card has format {version}; this onnxcam reads format {FORMAT}. "
+                    "Use the onnxcam that wrote it, or attach again."
+                )
+            given = fields.pop("input")
+            for name in ("mean", "std"):
+                if name in given:
+                    given[name] = tuple(float(value) for value in given[name])
+            if "labels" in fields:
+                fields["labels"] = tuple(str(label) for label in fields["labels"])
+            return cls(input=Preprocess(**given), **fields)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise OnnxcamError(f"the model's card is damaged ({error}); attach the model again") from error
