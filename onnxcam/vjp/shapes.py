@@ -1,0 +1,127 @@
+"""Bringing a gradient to the shape of the value it belongs to.
+
+Where a shape is known it is written into the graph as a constant, with the leading (batch)
+dimension left open wherever the operator allows that.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import Value
+
+from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError
+
+
+def rank(x: Value) -> int:
+    """Return the number of dimensions of `x`.
+
+    Raises:
+        OnnxcamError: the graph does not say.
+    """
+    if x.shape is None:
+        raise OnnxcamError(f"the number of dimensions of value {x.name!r} is unknown")
+    return len(x.shape)
+
+
+def dims(x: Value) -> list[int | str | None]:
+    """Return the dimensions of `x`: an int, a symbol's name, or None where nothing is known."""
+    rank(x)
+    assert x.shape is not None
+    return [d if isinstance(d, int) else d.value for d in x.shape]
+
+
+def axes_of(axes: Iterable[int], ndim: int) -> list[int]:
+    """Return `axes` as sorted non-negative numbers."""
+    return sorted(axis % ndim if ndim else 0 for axis in axes)
+
+
+def constant_ints(x: Value | None, what: str) -> list[int] | None:
+    """Return the integers in the constant `x`, or None if the optional input is absent.
+
+    Raises:
+        OnnxcamError: `x` is computed while the model runs; `what` says what it is.
+    """
+    if x is None:
+        return None
+    tensor = constant_array(x)
+    if tensor is None:
+        raise OnnxcamError(f"{what} ({x.name!r}) is computed while the model runs, not a constant")
+    return [int(v) for v in np.atleast_1d(tensor)]
+
+
+def constant_array(x: Value) -> np.ndarray | None:
+    """Return the array that `x` always holds, or None if `x` is computed or can be overridden."""
+    tensor = ir.convenience.get_const_tensor(x)
+    return None if tensor is None or x.is_graph_input() else tensor.numpy()
+
+
+def is_constant(x: Value) -> bool:
+    """Whether `x` is a weight or another constant, which no gradient needs to reach."""
+    return x.is_initializer() or (x.producer() is not None and x.producer().op_type == "Constant")  # type: ignore[union-attr]
+
+
+def zeros_like(op: Emitter, x: Value) -> Value:
+    """Emit zeros of the shape and dtype of `x`."""
+    return op.ConstantOfShape(op.Shape(x), value=ir.tensor(np.zeros(1, x.dtype.numpy())))  # type: ignore[union-attr]
+
+
+def reshape_like(op: Emitter, dy: Value, x: Value) -> Value:
+    """Reshape `dy` to the shape of `x`."""
+    sizes = dims(x)
+    unknown = [i for i, d in enumerate(sizes) if not isinstance(d, int)]
+    if len(unknown) > 1 or (unknown and 0 in sizes):
+        return op.Reshape(dy, op.Shape(x))
+    if sizes and 0 not in sizes:
+        sizes[unknown[0] if unknown else 0] = -1
+    return op.Reshape(dy, sizes)
+
+
+def expand_like(op: Emitter, dy: Value, x: Value, axes: Sequence[int]) -> Value:
+    """Repeat `dy`, which has size 1 along `axes` (non-negative), to the shape of `x`."""
+    sizes = dims(x)
+    if all(isinstance(sizes[axis], int) for axis in axes):
+        return op.Expand(dy, [sizes[i] if i in axes else 1 for i in range(len(sizes))])
+    return op.Expand(dy, op.Shape(x))
+
+
+def count(op: Emitter, x: Value, axes: Sequence[int]) -> float | Value:
+    """Return how many elements of `x` lie along `axes`: a number, or a scalar of the dtype of `x`."""
+    sizes = [dims(x)[axis] for axis in axes]
+    if all(isinstance(size, int) for size in sizes):
+        return float(math.prod(sizes))  # type: ignore[arg-type]
+    lengths = op.Gather(op.Shape(x), list(axes), axis=0)
+    return op.CastLike(op.ReduceProd(lengths, keepdims=0), x)
+
+
+def unbroadcast(op: Emitter, dy: Value | None, x: Value, y: Value) -> Value | None:
+    """Sum `dy`, which has the shape of `y`, over the axes along which `x` was broadcast to `y`."""
+    if dy is None:
+        return None
+    wide, narrow = dims(y), dims(x)
+    lead = len(wide) - len(narrow)
+    pairs = list(zip(narrow, wide[lead:], strict=True))
+    if any(_may_broadcast(n, w) for n, w in pairs):
+        return _unbroadcast_at_run_time(op, dy, x, lead)
+    inner = [lead + i for i, (n, w) in enumerate(pairs) if n == 1 and w != 1]
+    if inner:
+        dy = op.ReduceSum(dy, inner, keepdims=1)
+    return op.ReduceSum(dy, list(range(lead)), keepdims=0) if lead else dy
+
+
+def _may_broadcast(narrow: int | str | None, wide: int | str | None) -> bool:
+    """Whether only the run can tell if a dimension of size `narrow` was repeated to `wide`."""
+    if isinstance(narrow, int):
+        return False
+    return narrow is None or narrow != wide
+
+
+def _unbroadcast_at_run_time(op: Emitter, dy: Value, x: Value, lead: int) -> Value:
+    shape = op.Shape(x)
+    padded = op.Concat(np.ones(lead, np.int64), shape, axis=0) if lead else shape
+    repeated = op.And(op.Equal(padded, 1), op.Not(op.Equal(op.Shape(dy), 1)))
+    axes = op.Squeeze(op.NonZero(repeated), [0])
+    summed = op.ReduceSum(dy, axes, keepdims=1, noop_with_empty_axes=1)
+    return op.Reshape(summed, shape)
