@@ -38,6 +38,7 @@ class Emitter:
         self.graph = graph
         self.nodes: list[ir.Node] = []
         self._main = graph
+        self._anchor: ir.Node | None = None
         self._opset = opset
         self._scope = prefix
         self._taken = {value.name for value in _all_values(graph)}
@@ -64,6 +65,17 @@ class Emitter:
         finally:
             self.graph = outer
 
+    @contextlib.contextmanager
+    def before(self, node: ir.Node) -> Iterator[None]:
+        """Nodes emitted within the block are put before `node`, into its graph."""
+        assert node.graph is not None
+        outer = self._anchor
+        self._anchor = node
+        try:
+            yield
+        finally:
+            self._anchor = outer
+
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[:1].isupper():
             raise AttributeError(op_type)
@@ -75,14 +87,15 @@ class Emitter:
         Args:
             op_type: the operator's name in the ``ai.onnx`` domain.
             operands: its inputs, in order.
-            outputs: how many outputs the node has; with more than one a tuple is returned.
+            outputs: how many outputs the node has; with more than one a tuple is returned. Those of an
+                operator with a subgraph come back without a type: the caller knows it.
             attributes: the node's attributes; those that are None are left out.
         """
         schema = _schema(op_type, self._opset)
         inputs = self._values(schema, operands)
         while inputs and inputs[-1] is None:
             inputs.pop()
-        name = self._fresh(op_type)
+        name = self.fresh(op_type)
         node = ir.Node(
             "",
             op_type,
@@ -93,8 +106,12 @@ class Emitter:
         )
         for index, value in enumerate(node.outputs):
             value.name = name if index == 0 else f"{name}:{index}"
-        self._infer(schema, node)
-        self.graph.append(node)
+        if not any(isinstance(value, ir.Graph) for value in attributes.values()):
+            self._infer(schema, node)
+        if self._anchor is None:
+            self.graph.append(node)
+        else:
+            self._anchor.graph.insert_before(self._anchor, node)  # type: ignore[union-attr]
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
@@ -102,7 +119,7 @@ class Emitter:
         """Return an initializer of the main graph that holds `array`; equal arrays share one."""
         key = (array.dtype.str, array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
-            name = self._fresh("constant")
+            name = self.fresh("constant")
             tensor = ir.tensor(array, name=name)
             value = ir.Value(
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -124,7 +141,8 @@ class Emitter:
                 del self._main.initializers[value.name]  # type: ignore[arg-type]
                 del self._constants[key]
 
-    def _fresh(self, base: str) -> str:
+    def fresh(self, base: str) -> str:
+        """Return a name in the current scope that nothing in the model has yet."""
         stem = f"{self._scope}/{base}"
         while True:
             count = self._counts.get(stem, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from onnxcam.card import Preprocess
 from onnxcam.errors import OnnxcamError
@@ -23,6 +23,17 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture of each EXIF orientation upright. Pillow's `exif_transpose` would also write the
+EXIF anew, and fails where a camera left odd values in it."""
 _OPTIONS = {"height": "--size", "width": "--size"}
 _TWO_STEP_PIXELS = 1 << 26
 """A resized picture of more pixels than this is never made whole only to be cropped."""
@@ -53,7 +64,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter("ignore")  # a large picture or odd metadata is no news to the user
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+                return to_rgb(image if turn is None else image.transpose(turn))
     except Image.DecompressionBombError as error:
         raise OnnxcamError(f"{path} is too large to open: {error}") from error
     except UnidentifiedImageError as error:
@@ -211,6 +223,6 @@ def _resize(
     box = crop[0] * x, crop[1] * y, crop[2] * x, crop[3] * y
     if across * down <= _TWO_STEP_PIXELS:
         cropped = image.resize((across, down), resample).crop(crop)
-    else:  # a sliver of a picture: the same crop, to within one grey level, without the gigabytes
+    else:  # a sliver, 1000 times as long as wide: one grey level off (bicubic: a few), no gigabytes
         cropped = image.resize((width, height), resample, box=box)
     return cropped, Viewport(*box, *image.size)

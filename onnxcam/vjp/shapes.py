@@ -1,7 +1,8 @@
 """Bringing a gradient to the shape of the value it belongs to.
 
-Where a shape is known it is written into the graph as a constant, with the leading (batch)
-dimension left open wherever the operator allows that.
+Where a size is known it is written into the graph as a constant. The size of the leading (batch)
+axis is left open wherever the operator allows that, so that a gradient that reads nothing of the
+picture serves any number of rows.
 """
 
 import math
@@ -71,20 +72,22 @@ def zeros_like(op: Emitter, x: Value) -> Value:
 def reshape_like(op: Emitter, dy: Value, x: Value) -> Value:
     """Reshape `dy` to the shape of `x`."""
     sizes = dims(x)
-    unknown = [i for i, d in enumerate(sizes) if not isinstance(d, int)]
-    if len(unknown) > 1 or (unknown and 0 in sizes):
-        return op.Reshape(dy, op.Shape(x))
-    if sizes and 0 not in sizes:
-        sizes[unknown[0] if unknown else 0] = -1
-    return op.Reshape(dy, sizes)
+    known = [i for i, d in enumerate(sizes) if isinstance(d, int)]
+    if 0 in sizes:
+        return op.Reshape(dy, op.Shape(x), allowzero=1)
+    if len(known) >= len(sizes) - 1:
+        open_axis = next((i for i in range(len(sizes)) if i not in known), 0)
+        return op.Reshape(dy, [-1 if i == open_axis else d for i, d in enumerate(sizes)])
+    return op.Reshape(dy, op.Concat(np.array([-1]), op.Shape(x, start=1), axis=0))
 
 
 def expand_like(op: Emitter, dy: Value, x: Value, axes: Sequence[int]) -> Value:
-    """Repeat `dy`, which has size 1 along `axes` (non-negative), to the shape of `x`."""
+    """Repeat `dy`, which has size 1 along `axes` (sorted, not negative), to the shape of `x`."""
     sizes = dims(x)
     if all(isinstance(sizes[axis], int) for axis in axes):
         return op.Expand(dy, [sizes[i] if i in axes else 1 for i in range(len(sizes))])
-    return op.Expand(dy, op.Shape(x))
+    first = axes[0]
+    return op.Expand(dy, op.Shape(x, start=first))
 
 
 def count(op: Emitter, x: Value, axes: Sequence[int]) -> float | Value:
@@ -92,7 +95,7 @@ def count(op: Emitter, x: Value, axes: Sequence[int]) -> float | Value:
     sizes = [dims(x)[axis] for axis in axes]
     if all(isinstance(size, int) for size in sizes):
         return float(math.prod(sizes))  # type: ignore[arg-type]
-    lengths = op.Gather(op.Shape(x), list(axes), axis=0)
+    lengths = op.Concat(*[op.Shape(x, start=axis, end=axis + 1) for axis in axes], axis=0)
     return op.CastLike(op.ReduceProd(lengths, keepdims=0), x)
 
 

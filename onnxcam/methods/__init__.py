@@ -1,0 +1,12 @@
+"""Class activation maps, one function each: `METHODS` holds them all, `method` adds one.
+
+They exist as ONNX operators only. `a` is the activation A [N,1,C,h,w] and `da` the gradient of K class
+scores with respect to it, g [N,K,C,h,w]; the map is [N,K,h,w].
+"""
+
+from onnxcam.methods import cam
+from onnxcam.methods.registry import METHODS, Method, method
+
+__all__ = ["METHODS", "Method", "method"]
+
+del cam

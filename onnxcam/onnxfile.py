@@ -1,0 +1,284 @@
+"""ONNX files: reading one, bringing it into the form that everything behind it expects, writing one."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from onnxcam.errors import OnnxcamError
+
+OLDEST_OPSET = 18
+"""Older models are converted to this opset, the oldest that the gradient rules know."""
+
+_ONE_FILE = 2**31 - 2**26
+"""Bytes of weights that surely fit one ONNX file, which protobuf limits to 2 GiB."""
+
+_SMALL = 1024
+"""Constants of up to this many elements are worked out beforehand, larger ones left to the runtime."""
+
+
+def load(path: "str | os.PathLike[str]") -> ir.Model:
+    """Read a model file; weights kept in other files stay there until they are needed.
+
+    Raises:
+        OnnxcamError: the file or its weights cannot be read, or the weights lie outside its folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OnnxcamError(f"{path} is a folder; give an .onnx file")
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise OnnxcamError(f"{path} is empty")
+        proto = onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise OnnxcamError(f"{path} does not exist") from None
+    except OSError as error:
+        raise OnnxcamError(f"{path} cannot be read: {error.strerror or error}") from None
+    except google.protobuf.message.DecodeError:
+        raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short") from None
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short")
+    _check_external_data(proto, path)
+    try:
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+    except Exception as error:  # the reader names no exceptions of its own
+        raise OnnxcamError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
+    return model
+
+
+def normalise(model: ir.Model) -> ir.Model:
+    """Inline the model's functions, bring it to opset 18 or newer and infer all types and shapes.
+
+    Shape arithmetic that comes to constants is worked out and noted on the values (``const_value``);
+    the nodes stay as they are.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model, which is another object if it had to be converted.
+
+    Raises:
+        OnnxcamError: onnx cannot convert or type the model.
+    """
+    InlinePass()(model)
+    opset = model.graph.opset_imports.get("", 1)
+    if opset < OLDEST_OPSET:
+        model = _convert(model, OLDEST_OPSET)
+    _infer_shapes(model)
+    _name_nodes(model.graph)
+    _note_constants(model.graph)
+    return model
+
+
+def check(model: ir.Model) -> None:
+    """Infer the shapes of all values again and run onnx's full check.
+
+    Raises:
+        onnx.checker.ValidationError: the model breaks a rule of ONNX.
+    """
+    _infer_shapes(model)
+    with _lightened(model) as proto:
+        onnx.checker.check_model(proto, full_check=True)
+
+
+def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
+    """Write the model so that `path` appears whole or not at all.
+
+    Weights go to ``<path>.data`` beside it if they came from such a file or exceed what one ONNX file holds.
+
+    Raises:
+        OnnxcamError: `path` cannot be written, or would replace a file that the model is read from.
+    """
+    path = Path(path)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    sources = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+    external = bool(sources) or sum(t.nbytes for t in tensors if t is not None) > _ONE_FILE
+    data = path.with_name(path.name + ".data")
+    if external and data.resolve() in sources:
+        raise OnnxcamError(f"{data} holds the weights of the model being read; choose another output name")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".onnxcam-", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            ir.save(model, whole, external_data=data.name if external else None)
+            if external:
+                os.replace(whole.with_name(data.name), data)
+            os.replace(whole, path)
+    except OSError as error:
+        raise OnnxcamError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """See that each file of weights exists and lies in the model's own folder."""
+    folder = path.resolve().parent
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        target = (folder / location).resolve()
+        if not location or not target.is_relative_to(folder):
+            raise OnnxcamError(
+                f"{path}: the weights {tensor.name!r} point to {location!r}, outside the model's folder"
+            )
+        if not target.is_file():
+            raise OnnxcamError(f"{path}: the file with its weights, {location}, is not beside it")
+        fields = {e.key: e.value for e in tensor.external_data}
+        end = int(fields.get("offset") or 0) + int(fields.get("length") or 0)
+        if target.stat().st_size < end:
+            raise OnnxcamError(f"{path}: the file with its weights, {location}, is cut short")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)
+            yield from attribute.tensors
+            for inner in attribute.graphs:
+                yield from _tensors(inner)
+
+
+@contextlib.contextmanager
+def _lightened(model: ir.Model) -> Iterator[onnx.ModelProto]:
+    """Give onnx's own tools the model with its large weights turned into inputs."""
+    given = list(model.graph.inputs)
+    weights = list(model.graph.initializers.values())
+    for value in weights:
+        tensor = value.const_value
+        assert tensor is not None
+        if value not in given:
+            value.shape, value.dtype = tensor.shape, tensor.dtype  # type: ignore[assignment]
+        if tensor.size > _SMALL:
+            del model.graph.initializers[value.name]  # type: ignore[arg-type]
+            if value not in given:
+                model.graph.inputs.append(value)
+    try:
+        yield ir.to_proto(model)
+    finally:
+        model.graph.inputs[:] = given
+        model.graph.initializers.clear()
+        for value in weights:
+            model.graph.register_initializer(value)
+
+
+def _convert(model: ir.Model, opset: int) -> ir.Model:
+    """Convert to `opset` with onnx's own converter."""
+    with _lightened(model) as proto:
+        try:
+            converted = onnx.version_converter.convert_version(proto, opset)
+        except Exception as error:  # the converter names no exceptions of its own
+            raise OnnxcamError(
+                f"onnx cannot convert the model from opset {model.graph.opset_imports.get('', 1)} "
+                f"to {opset}: {_first_line(error)}"
+            ) from error
+    converted.ir_version = max(model.ir_version, 8)
+    del converted.metadata_props[:]
+    converted.metadata_props.extend(proto.metadata_props)
+    result = ir.from_proto(converted)
+    # Before IR version 4 every initializer had to be listed as an input; that is no choice of the author's.
+    chosen = {value.name for value in model.graph.inputs} if model.ir_version >= 4 else set()
+    real = {value.name for value in model.graph.inputs if not value.is_initializer()}
+    for value in list(result.graph.inputs):
+        weight = model.graph.initializers.get(value.name or "")
+        if weight is not None and not value.is_initializer():
+            value.const_value = weight.const_value
+            result.graph.register_initializer(value)
+        if value.name not in chosen | real:
+            result.graph.inputs.remove(value)
+    return result
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Write onnx's inferred types and shapes onto the values of the model."""
+    with _lightened(model) as proto:
+        try:
+            inferred = onnx.shape_inference.infer_shapes(
+                proto, check_type=True, strict_mode=True, data_prop=True
+            )
+        except onnx.shape_inference.InferenceError as error:
+            raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for info in inferred.graph.value_info:
+        value = values.get(info.name)
+        if value is not None:
+            value.type = ir.serde.deserialize_type_proto_for_type(info.type)
+            value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Give nodes that have no name one, so that messages and added nodes can refer to them."""
+    taken = {node.name for node in graph}
+    for index, node in enumerate(graph):
+        if not node.name:
+            name = f"{node.op_type}_{index}"
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            node.name = name
+
+
+def _note_constants(graph: ir.Graph) -> None:
+    """Work out small integer values that do not depend on the picture.
+
+    Only integers, because shape arithmetic is exact whoever computes it.
+    """
+    for node in graph:
+        value = node.outputs[0] if len(node.outputs) == 1 else None
+        if value is None or node.domain or node.op_type == "Constant" or value.const_value is not None:
+            continue
+        array = _static_shape(node) if node.op_type == "Shape" else _computed(node, graph)
+        if array is not None and array.size <= _SMALL and array.dtype.kind in "iub":
+            value.const_value = ir.tensor(array, name=value.name)
+
+
+def _static_shape(node: ir.Node) -> np.ndarray | None:
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
+    sizes = list(source.shape)[slice(start, end)]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return np.array(sizes, np.int64)
+
+
+def _computed(node: ir.Node, graph: ir.Graph) -> np.ndarray | None:
+    """Evaluate `node` if all it reads is small and constant and it has no subgraph."""
+    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        return None
+    feeds = {}
+    for value in node.inputs:
+        if value is None:
+            continue
+        tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+        if tensor is None or tensor.size > _SMALL:
+            return None
+        feeds[value.name] = tensor.numpy()
+    if not node.inputs:
+        return None
+    try:
+        evaluator = onnx.reference.ReferenceEvaluator(
+            ir.to_proto(node), opsets={"": graph.opset_imports[""]}
+        )
+        (result,) = evaluator.run(None, feeds)
+    except Exception:  # what the reference cannot evaluate stays a computed value
+        return None
+    return np.asarray(result)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,54 @@
+"""Algebra on the nodes that were emitted: the same numbers from less work."""
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcam.emit import Emitter
+from onnxcam.vjp.shapes import constant_array, dims, is_constant
+
+
+def simplify(op: Emitter) -> None:
+    """Apply each identity wherever it fits; `Emitter.remove_dead` then removes what is no longer read."""
+    for node in list(op.nodes):
+        for identity in (_one_hot_times_weights, _mean_of_repeated):
+            with op.before(node):
+                better = identity(op, node)
+            if better is not None:
+                node.outputs[0].replace_all_uses_with(better)
+                break
+
+
+def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """A one-hot row times a weight matrix is one of its rows: ``Gather``, without reading the others."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
+    rows, weights = node.inputs[:2]
+    one_hot = rows.producer() if rows is not None else None
+    if one_hot is None or one_hot.op_type != "OneHot" or weights is None or not is_constant(weights):
+        return None
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    if len(dims(weights)) != 2 or len(node.inputs) > 2 or attributes.get("transA") or one_hot.attributes:
+        return None
+    if attributes.get("transB"):
+        found = op.Transpose(op.Gather(weights, one_hot.inputs[0], axis=1), perm=[1, 0])
+    else:
+        found = op.Gather(weights, one_hot.inputs[0], axis=0)
+    alpha = attributes.get("alpha", 1.0)
+    return found if alpha == 1.0 else op.Mul(found, alpha)
+
+
+def _mean_of_repeated(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """The mean over axes along which one number was repeated is that number."""
+    if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+        return None
+    repeated, axes_value = node.inputs
+    expand = repeated.producer() if repeated is not None else None
+    if expand is None or expand.op_type != "Expand" or axes_value is None:
+        return None
+    once, axes = expand.inputs[0], constant_array(axes_value)
+    if once is None or once.shape is None or axes is None or axes.size == 0:
+        return None
+    if len(once.shape) != len(dims(repeated)) or any(dims(once)[int(axis)] != 1 for axis in axes):
+        return None
+    kept = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
+    return once if kept else op.Squeeze(once, np.sort(axes.astype(np.int64)))
