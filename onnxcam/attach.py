@@ -266,7 +266,9 @@ def _preprocess(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
     rows = 2 if given["layout"] == "NCHW" else 1
     for name, size in zip(("height", "width"), dims(picture)[rows : rows + 2], strict=True):
         if isinstance(size, int) and given.setdefault(name, size) != size:
-            raise OnnxcamError(f"{name} is given as {given[name]}, but the model's input is {size} pixels there")
+            raise OnnxcamError(
+                f"{name} is given as {given[name]}, but the model's input is {size} pixels there"
+            )
     channels = dims(picture)[1 if given["layout"] == "NCHW" else 3]
     if channels == 1:
         given.setdefault("color", "GRAY")
@@ -290,7 +292,9 @@ def _labels(labels: Sequence[str] | None, scores: Value) -> tuple[str, ...] | No
 
 def _method(name: str) -> Method:
     if name not in METHODS:
-        raise OnnxcamError(f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}")
+        raise OnnxcamError(
+            f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
+        )
     return METHODS[name]
 
 

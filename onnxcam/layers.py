@@ -227,7 +227,9 @@ def module_path(node: ir.Node) -> str | None:
 
 def is_map(value: ir.Value) -> bool:
     """Whether `value` is floating point and shaped [N,C,h,w] with h*w > 1, as far as the graph says."""
-    return _is_float(value) and value.shape is not None and len(value.shape) == 4 and dims(value)[2:] != [1, 1]
+    return (
+        _is_float(value) and value.shape is not None and len(value.shape) == 4 and dims(value)[2:] != [1, 1]
+    )
 
 
 def _named(model: ir.Model, name: str) -> ir.Value | None:

@@ -211,9 +211,9 @@ def _infer_shapes(model: ir.Model) -> None:
         except onnx.shape_inference.InferenceError as error:
             raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
     values = {value.name: value for node in model.graph for value in node.outputs}
-    for info in inferred.graph.value_info:
+    for info in [*inferred.graph.value_info, *inferred.graph.output]:
         value = values.get(info.name)
-        if value is not None:
+        if value is not None and not (value.is_graph_output() and value.shape is not None):
             value.type = ir.serde.deserialize_type_proto_for_type(info.type)
             value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
 
@@ -270,9 +270,7 @@ def _computed(node: ir.Node, graph: ir.Graph) -> np.ndarray | None:
     if not node.inputs:
         return None
     try:
-        evaluator = onnx.reference.ReferenceEvaluator(
-            ir.to_proto(node), opsets={"": graph.opset_imports[""]}
-        )
+        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(node), opsets={"": graph.opset_imports[""]})
         (result,) = evaluator.run(None, feeds)
     except Exception:  # what the reference cannot evaluate stays a computed value
         return None

@@ -77,9 +77,12 @@ def _unit(heat: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def overlay(
-    image: Image.Image, heat: NDArray[np.float32], mask: NDArray[np.bool_] | None = None, opacity: float = 0.6
+    image: Image.Image, heat: NDArray[np.float32], mask: NDArray[np.bool_] | None = None, opacity: float = 0.5
 ) -> Image.Image:
-    """Lay a coloured map over a photo. Cool regions are more transparent, so the photo stays visible.
+    """Lay a coloured map over a photo.
+
+    Cool regions are more transparent (0.4 of `opacity` where the map is 0), so the photo stays visible;
+    its own colours are muted by `opacity`, so that a red thing in it is not taken for a hot one.
 
     Args:
         image: the photo, W x H pixels.
@@ -101,10 +104,12 @@ def overlay(
         raise OnnxcamError(f"opacity is {opacity}; it must be between 0 and 1")
     photo = image.convert("RGB")
     alpha = np.rint(255 * opacity * (0.4 + 0.6 * _unit(heat))).astype(np.uint8)
-    over = Image.composite(Image.fromarray(colorize(heat)), photo, Image.fromarray(alpha))
+    grey = photo.convert("L")
+    muted = Image.blend(photo, grey.convert("RGB"), opacity)
+    over = Image.composite(Image.fromarray(colorize(heat)), muted, Image.fromarray(alpha))
     if mask is None:
         return over
-    unseen = Image.blend(photo.convert("L"), Image.new("L", photo.size, 255), 0.45).convert("RGB")
+    unseen = Image.blend(grey, Image.new("L", grey.size, 255), 0.45).convert("RGB")
     return Image.composite(over, unseen, Image.fromarray(mask.astype(np.uint8) * 255))
 
 

@@ -83,6 +83,13 @@ def test_overlay_by_hand():
     np.testing.assert_allclose(hot, 0.5 * 200 + 0.5 * red, atol=1)
 
 
+def test_overlay_mutes_the_colours_of_the_photo():
+    made = overlay(Image.new("RGB", (1, 1), (200, 0, 0)), np.zeros((1, 1), np.float32), opacity=0.5)
+    blue = colorize(np.zeros(1, np.float32)).astype(int)[0]
+    muted = np.array([130, 30, 30])  # half way to its grey, 0.299 * 200 = 60
+    np.testing.assert_allclose(np.asarray(made)[0, 0], 0.8 * muted + 0.2 * blue, atol=1)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (1, 1), (3000, 20), (20, 3000)])
 def test_overlay_has_the_photos_size(size):
     made = overlay(photo(*size), np.full(size[::-1], 0.5, np.float32))

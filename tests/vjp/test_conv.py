@@ -25,7 +25,11 @@ def normal(*shape):
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_conv(x, w, attributes, symbolic):
     n = len(x) - 2
-    functional = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[n]
+    functional = {
+        1: torch.nn.functional.conv1d,
+        2: torch.nn.functional.conv2d,
+        3: torch.nn.functional.conv3d,
+    }[n]
 
     def conv(x, w, b):
         return functional(
@@ -39,7 +43,12 @@ def test_conv(x, w, attributes, symbolic):
         )
 
     check_vjp(
-        "Conv", [normal(*x), normal(*w), normal(w[0])], against=conv, symbolic=symbolic, kernel_shape=w[2:], **attributes
+        "Conv",
+        [normal(*x), normal(*w), normal(w[0])],
+        against=conv,
+        symbolic=symbolic,
+        kernel_shape=w[2:],
+        **attributes,
     )
 
 
