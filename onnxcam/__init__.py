@@ -1,3 +1,47 @@
-"""Class activation maps inside the ONNX file."""
+"""Class activation maps inside the ONNX file: Grad-CAM and its family without PyTorch.
+
+``attach`` adds a gradient branch and maps to an ONNX classifier, ``export`` does so from PyTorch, and
+``Explainer`` runs the result on pictures. Importing the package imports none of them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcam.attach import attach
+    from onnxcam.card import Card, Preprocess
+    from onnxcam.errors import OnnxcamError
+    from onnxcam.export import export
+    from onnxcam.runtime import Explainer, Explanation, Prediction
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Card",
+    "Explainer",
+    "Explanation",
+    "OnnxcamError",
+    "Prediction",
+    "Preprocess",
+    "__version__",
+    "attach",
+    "export",
+]
+
+_HOMES = {
+    "attach": "attach",
+    "export": "export",
+    "Card": "card",
+    "Preprocess": "card",
+    "OnnxcamError": "errors",
+    "Explainer": "runtime",
+    "Explanation": "runtime",
+    "Prediction": "runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onnxcam' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"onnxcam.{_HOMES[name]}"), name)

@@ -159,7 +159,8 @@ def _explain(
     with op.scope("class"):
         logits = _as_rows(op, found.logits)
         explained = op.Softmax(logits, axis=1) if score == "after" else logits
-        index, valid = resolve_classes(op, logits, _class_input(op, class_input))
+        ranked = _as_rows(op, found.output)
+        index, valid = resolve_classes(op, ranked, _class_input(op, class_input))
     da = class_gradients(op, explained, index, activation, rules)
     if da is None:
         raise OnnxcamError(f"layer {source.name!r} does not influence the scores: no gradient reaches it")

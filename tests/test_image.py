@@ -285,7 +285,7 @@ def test_decompression_bomb_is_refused_and_a_large_picture_is_not(tmp_path, monk
     assert message.startswith("PATH is too large to open: Image size (220 pixels) exceeds limit of 200")
 
 
-def test_no_pixels_leak_from_an_error_of_any_kind(tmp_path, monkeypatch):
+def test_decoding_errors_of_any_kind_become_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "x", Image.new("RGB", (2, 2)), "PNG")
     for error in (SyntaxError("a\nb"), MemoryError()):
 

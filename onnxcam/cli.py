@@ -1,0 +1,467 @@
+"""The command line: each command parses, calls one function and prints."""
+
+import enum
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxcam import __version__
+from onnxcam.card import INTERPOLATIONS, LAYOUTS
+from onnxcam.errors import OnnxcamError
+
+if TYPE_CHECKING:
+    from onnxcam.runtime import Explanation
+
+app = typer.Typer(
+    help="Class activation maps inside the ONNX file: which pixels made this class score high?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Provider(str, enum.Enum):
+    """Where onnxruntime runs the model."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Score(str, enum.Enum):
+    """Which class score is explained."""
+
+    before = "before"
+    after = "after"
+
+
+class ClassInput(str, enum.Enum):
+    """Whether ``cam_class`` has a default."""
+
+    optional = "optional"
+    required = "required"
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Parse ``0.485,0.456,0.406`` or ``1/255``."""
+    values = []
+    for part in text.split(","):
+        above, slash, below = part.partition("/")
+        try:
+            values.append(float(above) / float(below) if slash else float(above))
+        except (ValueError, ZeroDivisionError):
+            raise OnnxcamError(f"{text!r} is not a number, or numbers with commas between") from None
+    return tuple(values)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Parse ``224`` or ``HEIGHTxWIDTH``."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    if match is None:
+        raise OnnxcamError(f"size is {text!r}; it must be PIXELS or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _preprocess(
+    size: str | None,
+    color: str | None,
+    scale: str | None,
+    mean: str | None,
+    std: str | None,
+    resize: str | None,
+    interpolation: str | None,
+    layout: str | None = None,
+) -> dict[str, Any]:
+    """Collect the facts given on the command line under the names of the card's fields."""
+    height, width = _size(size) if size is not None else (None, None)
+    factor = None if scale is None else _numbers(scale)
+    if factor is not None and len(factor) != 1:
+        raise OnnxcamError(f"scale is {scale!r}; it must be one number, such as 1/255")
+    return {
+        "height": height,
+        "width": width,
+        "color": None if color is None else color.upper(),
+        "scale": None if factor is None else factor[0],
+        "mean": None if mean is None else _numbers(mean),
+        "std": None if std is None else _numbers(std),
+        "resize": resize,
+        "interpolation": interpolation,
+        "layout": None if layout is None else layout.upper(),
+    }
+
+
+def _labels(path: Path | None) -> list[str] | None:
+    """Read class names, one a line."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OnnxcamError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise OnnxcamError(f"{path} is not a text file with a class name on each line") from None
+    return text.splitlines()
+
+
+Layer = Annotated[
+    str | None,
+    typer.Option(help="The activation to explain: a value name, a node name or a PyTorch module path."),
+]
+Method = Annotated[str | None, typer.Option(help="How the map is made: gradcam, gradcam++, hirescam, cam.")]
+ScoreOption = Annotated[Score | None, typer.Option(help="Explain the score before or after the softmax.")]
+Scores = Annotated[str | None, typer.Option(help="The output that holds the class scores, if several could.")]
+Labels = Annotated[Path | None, typer.Option(help="A text file with a class name on each line.")]
+Size = Annotated[
+    str | None, typer.Option(help="Input size, if the model leaves it open: 224 or HEIGHTxWIDTH.")
+]
+Color = Annotated[str | None, typer.Option(help="Order of the channels: rgb, bgr or gray.")]
+Scale = Annotated[
+    str | None, typer.Option(help="Factor for the pixel values 0..255, before the mean: 1/255.")
+]
+Mean = Annotated[str | None, typer.Option(help="Subtracted after scaling: one number, or one per channel.")]
+Std = Annotated[str | None, typer.Option(help="Divisor after the mean: one number, or one per channel.")]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="stretch, crop (shorter edge, then the centre) or crop:PIXELS (shorter edge to PIXELS)."
+    ),
+]
+Interpolation = Annotated[
+    str | None, typer.Option(help=f"{', '.join(INTERPOLATIONS)}; bilinear if not given.")
+]
+Layout = Annotated[str | None, typer.Option(help=f"{' or '.join(LAYOUTS)}; read off the model if not given.")]
+Emit = Annotated[str, typer.Option(help="Outputs to add, of cam,heatmap,activations,gradients.")]
+ClassInputOption = Annotated[
+    ClassInput,
+    typer.Option(help="Whether cam_class may be left out; some runtimes need it required."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where the explained model is written.")]
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier, explained or plain.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE...")],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class", "-c", help="A class index, a label, -1 for the best or top3; may be repeated."
+        ),
+    ] = None,
+    layer: Layer = None,
+    method: Method = None,
+    score: ScoreOption = None,
+    scores: Scores = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.")
+    ] = Path("onnxcam-out"),
+    provider: Annotated[Provider, typer.Option(help="Where onnxruntime runs the model.")] = Provider.cpu,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
+    opacity: Annotated[
+        float, typer.Option(min=0, max=1, help="Opacity of the map where it is highest.")
+    ] = 0.5,
+    labels: Labels = None,
+    size: Size = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+) -> None:
+    """Explain pictures: for each class an overlay, and one panel with all of them."""
+    from onnxcam.runtime import Explainer
+
+    _check_folder(output)
+    explainer = Explainer(
+        model,
+        provider=provider.value,
+        labels=_labels(labels),
+        preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation),
+        layer=layer,
+        method=method,
+        score=None if score is None else score.value,
+        scores=scores,
+    )
+    wanted = [_index_or_text(text) for text in classes or ["-1"]]
+    stems = _stems(images)
+    failed = 0
+    with _progress(len(images)) as advance:
+        for image, stem in zip(images, stems, strict=True):
+            try:
+                explanation = explainer(image, wanted)
+                files = _write(explanation, output, stem, opacity)
+            except OnnxcamError as error:
+                if len(images) == 1:
+                    raise
+                failed += 1
+                typer.echo(f"onnxcam: {error}", err=True)
+            else:
+                typer.echo(_json(explanation, files) if as_json else _text(explanation, files))
+            advance()
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def attach(
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier; it stays as it is.")],
+    output: Output,
+    layer: Layer = None,
+    method: Method = None,
+    emit: Emit = "cam,heatmap",
+    class_input: ClassInputOption = ClassInput.optional,
+    score: ScoreOption = None,
+    scores: Scores = None,
+    labels: Labels = None,
+    size: Size = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    layout: Layout = None,
+) -> None:
+    """Add the gradient branch and the maps to an ONNX classifier."""
+    from onnxcam.attach import attach
+
+    _check_output(output, model)
+    explained = attach(
+        model,
+        output,
+        layer=layer,
+        method=method or "gradcam",
+        emit=_parts(emit),
+        class_input=class_input.value,
+        score=score.value if score else "before",
+        scores=scores,
+        labels=_labels(labels),
+        **_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
+    )
+    _report(output, explained.metadata_props)
+
+
+@app.command()
+def export(
+    spec: Annotated[str, typer.Argument(help="package.module:factory of a PyTorch model.")],
+    output: Output,
+    weights: Annotated[Path | None, typer.Option(help="State dict, .pt/.pth or .safetensors.")] = None,
+    input_size: Annotated[str, typer.Option(help="Input size: 224 or HEIGHTxWIDTH.")] = "224",
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 3,
+    layer: Layer = None,
+    method: Method = None,
+    emit: Emit = "cam,heatmap",
+    class_input: ClassInputOption = ClassInput.optional,
+    score: ScoreOption = None,
+    labels: Labels = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+) -> None:
+    """Turn a PyTorch classifier into an explained ONNX file, checked against PyTorch."""
+    from onnxcam.export import example, export, load_module
+
+    _check_output(output, None)
+    height, width = _size(input_size)
+    module = load_module(spec, weights)
+    explained = export(
+        module,
+        example(module, channels, height, width),
+        output,
+        layer=layer,
+        method=method or "gradcam",
+        emit=_parts(emit),
+        class_input=class_input.value,
+        score=score.value if score else "before",
+        labels=_labels(labels),
+        **_preprocess(None, color, scale, mean, std, resize, interpolation),
+    )
+    _report(output, explained.metadata_props)
+
+
+@app.command()
+def layers(
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier.")],
+    scores: Scores = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each layer.")] = False,
+) -> None:
+    """List the activations that can be explained, in order; the default is marked with *."""
+    from onnxcam import layers as finder
+    from onnxcam.attach import prepared
+
+    own = prepared(model)
+    logits = finder.scores(own, scores).logits
+    found = finder.explainable(finder.picture(own), logits)
+    default = finder.default(found, logits)
+    if as_json:
+        for layer in found:
+            row = {
+                "name": layer.name,
+                "shape": layer.shape,
+                "operator": layer.operator,
+                "node": layer.node,
+                "module": layer.module,
+                "default": layer is default,
+            }
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    rows = [("", "name", "shape", "operator", "module")]
+    for layer in found:
+        shape = "x".join("?" if d is None else str(d) for d in layer.shape)
+        rows.append(("*" if layer is default else "", layer.name, shape, layer.operator, layer.module or "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"onnxcam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what is wrong with the input is one line on stderr, exit code 2."""
+    try:
+        app()
+    except OnnxcamError as error:
+        typer.echo(f"onnxcam: {error}", err=True)
+        sys.exit(2)
+
+
+def _index_or_text(text: str) -> str:
+    if not text.strip():
+        raise OnnxcamError("a class is empty; give an index, a label or top3")
+    return text.strip()
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_folder(folder: Path) -> None:
+    """See that pictures can be written to `folder`, which is made when the first one is."""
+    import os
+
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OnnxcamError(f"{existing} is not a folder; choose another with --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OnnxcamError(f"{existing} is not writable; choose another folder with --output")
+
+
+def _check_output(output: Path, model: Path | None) -> None:
+    if output.is_dir():
+        raise OnnxcamError(f"{output} is a folder; give the name of the file to write")
+    if not output.parent.is_dir():
+        raise OnnxcamError(f"the folder {output.parent} does not exist")
+    if model is not None and output.exists() and model.exists() and output.samefile(model):
+        raise OnnxcamError(f"{output} is the model itself, which stays as it is; choose another name")
+
+
+def _stems(images: Sequence[Path]) -> list[str]:
+    """Give each picture the beginning of its files' names: its own name, numbered where two are alike."""
+    taken: set[str] = set()
+    stems = []
+    for image in images:
+        stem, number = image.stem, 2
+        while stem.casefold() in taken:
+            stem, number = f"{image.stem}-{number}", number + 1
+        taken.add(stem.casefold())
+        stems.append(stem)
+    return stems
+
+
+def _write(explanation: "Explanation", folder: Path, stem: str, opacity: float) -> dict[str, Any]:
+    from onnxcam.render import save_png
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OnnxcamError(f"{folder} cannot be made: {error.strerror or error}") from None
+    overlays = []
+    for k, prediction in enumerate(explanation.classes):
+        slug = re.sub(r"[^\w]+", "-", prediction.label).strip("-")[:60]
+        name = (
+            f"{stem}.{prediction.index}-{slug}.png" if slug != str(prediction.index) else f"{stem}.{slug}.png"
+        )
+        save_png(explanation.overlay(k, opacity), folder / name)
+        overlays.append(str(folder / name))
+    panel = folder / f"{stem}.panel.png"
+    save_png(explanation.panel(opacity), panel)
+    return {"overlays": overlays, "panel": str(panel)}
+
+
+def _json(explanation: "Explanation", files: dict[str, Any]) -> str:
+    row = explanation.to_dict()
+    for item, path in zip(row["explanations"], files["overlays"], strict=True):
+        item["overlay"] = path
+    row["panel"] = files["panel"]
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def _text(explanation: "Explanation", files: dict[str, Any]) -> str:
+    lines = [f"{explanation.name}"]
+    for prediction in explanation.predictions:
+        lines.append(f"  {prediction.score:8.2%}  {prediction.label} ({prediction.index})")
+    for k, (prediction, path) in enumerate(zip(explanation.classes, files["overlays"], strict=True)):
+        note = explanation.note(k)
+        lines.append(f"  why {prediction.label}? {path}" + (f"  (the map is {note})" if note else ""))
+    lines.append(f"  all in one: {files['panel']}")
+    return "\n".join(lines)
+
+
+def _report(output: Path, metadata: dict[str, str]) -> None:
+    """Say what an explained model explains, and which facts are still to be given when it runs."""
+    from onnxcam.card import Card
+
+    card = Card.from_metadata(metadata)
+    assert card is not None
+    module = f" ({card.module})" if card.module else ""
+    typer.echo(f"{output}: {card.method} at layer {card.layer}{module}, score {card.score} softmax")
+    missing = card.input.missing()
+    if missing:
+        typer.echo(f"  not on the card, to be given to 'onnxcam run': {', '.join(missing)}")
+
+
+class _progress:  # noqa: N801
+    """A progress bar on a terminal, for more than one picture; otherwise nothing."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if total > 1 and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("pictures", total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        if self._bar is None:
+            return lambda: None
+        self._bar.start()
+        return lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
