@@ -7,10 +7,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxcam.attach import attach
+    from onnxcam.attaching import attach
     from onnxcam.card import Card, Preprocess
     from onnxcam.errors import OnnxcamError
-    from onnxcam.export import export
+    from onnxcam.exporting import export
     from onnxcam.runtime import Explainer, Explanation, Prediction
 
 __version__ = "0.1.0"
@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attach": "attach",
-    "export": "export",
+    "attach": "attaching",
+    "export": "exporting",
     "Card": "card",
     "Preprocess": "card",
     "OnnxcamError": "errors",

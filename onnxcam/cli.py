@@ -229,7 +229,7 @@ def attach(
     layout: Layout = None,
 ) -> None:
     """Add the gradient branch and the maps to an ONNX classifier."""
-    from onnxcam.attach import attach
+    from onnxcam.attaching import attach
 
     _check_output(output, model)
     explained = attach(
@@ -268,7 +268,7 @@ def export(
     interpolation: Interpolation = None,
 ) -> None:
     """Turn a PyTorch classifier into an explained ONNX file, checked against PyTorch."""
-    from onnxcam.export import example, export, load_module
+    from onnxcam.exporting import example, export, load_module
 
     _check_output(output, None)
     height, width = _size(input_size)
@@ -296,7 +296,7 @@ def layers(
 ) -> None:
     """List the activations that can be explained, in order; the default is marked with *."""
     from onnxcam import layers as finder
-    from onnxcam.attach import prepared
+    from onnxcam.attaching import prepared
 
     own = prepared(model)
     logits = finder.scores(own, scores).logits

@@ -348,7 +348,7 @@ def _attached(path: Path, provider: str, options: Mapping[str, Any]) -> Any:
     import tempfile
 
     from onnxcam import onnxfile
-    from onnxcam.attach import attach
+    from onnxcam.attaching import attach
 
     model = attach(path, **options)
     with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
