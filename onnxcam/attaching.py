@@ -151,8 +151,8 @@ def _explain(
         reason = layers.why_no_linear_head(activation, found.logits)
         if reason is not None:
             raise OnnxcamError(
-                f"{method.name} needs a head that averages the feature map and weighs its channels, but {reason}; "
-                "use gradcam, which is the same map on such a head and is defined on any other"
+                f"{method.name} needs a head that averages the feature map and weighs its channels, "
+                f"but {reason}; use gradcam, which is the same map on such a head and works on any"
             )
         # The class map of a convolution that ends in ReLU is taken before the ReLU.
         rules = {**RULES, ("", "Relu"): RULES["", "Identity"]}

@@ -4,7 +4,7 @@ import enum
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -318,9 +318,9 @@ def layers(
     for layer in found:
         shape = "x".join("?" if d is None else str(d) for d in layer.shape)
         rows.append(("*" if layer is default else "", layer.name, shape, layer.operator, layer.module or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    widths = [max(len(line[i]) for line in rows) for i in range(5)]
+    for line in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _version(asked: bool) -> None:

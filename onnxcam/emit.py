@@ -193,7 +193,7 @@ class Emitter:
             opset_imports=[onnx.helper.make_opsetid("", self._opset)],
         )
         for value in node.outputs:
-            proto = inferred.get(value.name)
+            proto = inferred.get(value.name or "")
             if proto is not None:
                 typed = ir.serde.deserialize_type_proto_for_type(proto)
                 value.type = typed

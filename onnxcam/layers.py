@@ -71,7 +71,8 @@ def picture(model: ir.Model) -> ir.Value:
     if images:
         names = ", ".join(repr(value.name) for value in images)
         raise OnnxcamError(
-            f"the model has {len(images)} image-like inputs ({names}); onnxcam explains models with exactly one"
+            f"the model has {len(images)} image-like inputs ({names}); "
+            "onnxcam explains models with exactly one"
         )
     found = ", ".join(f"{v.name!r} {_shape_text(v)}" for v in given) or "none"
     raise OnnxcamError(
@@ -94,7 +95,8 @@ def scores(model: ir.Model, name: str | None = None) -> Scores:
         fitting = [outputs[name]]
         if not _holds_scores(outputs[name]):
             raise OnnxcamError(
-                f"output {name!r} is {_shape_text(outputs[name])}; class scores are [N,classes] or [N,classes,1,1]"
+                f"output {name!r} is {_shape_text(outputs[name])}; "
+                "class scores are [N,classes] or [N,classes,1,1]"
             )
     else:
         fitting = [value for value in outputs.values() if _holds_scores(value)]

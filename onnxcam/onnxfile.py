@@ -112,8 +112,8 @@ def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
             whole = Path(folder) / path.name
             ir.save(model, whole, external_data=data.name if external else None)
             if external:
-                os.replace(whole.with_name(data.name), data)
-            os.replace(whole, path)
+                whole.with_name(data.name).replace(data)
+            whole.replace(path)
     except OSError as error:
         raise OnnxcamError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -266,7 +266,7 @@ def _computed(node: ir.Node, graph: ir.Graph) -> np.ndarray | None:
         tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
         if tensor is None or tensor.size > _SMALL:
             return None
-        feeds[value.name] = tensor.numpy()
+        feeds[value.name or ""] = tensor.numpy()
     if not node.inputs:
         return None
     try:

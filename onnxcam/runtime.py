@@ -19,6 +19,8 @@ from onnxcam.render import Column, overlay, panel
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """onnxruntime's name of each provider."""
 
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
 Floats = NDArray[np.float32]
 ClassRequest = int | str
 
@@ -169,20 +171,21 @@ class Explainer:
             for name, value in options.items():
                 if getattr(card, name) != value and not (name == "layer" and value == card.module):
                     raise OnnxcamError(
-                        f"{self.path} is explained already with {name} {getattr(card, name)!r}, not {value!r}; "
-                        "attach to the original model for another"
+                        f"{self.path} is explained already, with {name} {getattr(card, name)!r} "
+                        f"instead of {value!r}; attach to the original model for another"
                     )
         self.card = dataclasses.replace(
             card,
             input=_replaced(card.input, given),
             labels=tuple(labels) if labels is not None else card.labels,
         )
-        self._input = next((i for i in self._session.get_inputs() if i.name == card.input.name), None)
+        inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = {output.name: output for output in self._session.get_outputs()}
         lacking = [name for name in (card.scores, "cam", "cam_heatmap") if name not in outputs]
-        if self._input is None or lacking:
-            what = f"input {card.input.name!r}" if self._input is None else f"output {lacking[0]!r}"
+        if card.input.name not in inputs or lacking:
+            what = f"output {lacking[0]!r}" if lacking else f"input {card.input.name!r}"
             raise OnnxcamError(f"{self.path} has no {what}; attach again with --emit cam,heatmap")
+        self._dtype = _DTYPES[inputs[card.input.name].type]
         size = outputs[card.scores].shape[1]
         self._count = size if isinstance(size, int) else None
         if self.card.labels is not None and self._count not in (None, len(self.card.labels)):
@@ -215,10 +218,7 @@ class Explainer:
         wanted = [index for request in requests for index in self._indices(request)]
         if not wanted:
             raise OnnxcamError("no class to explain is given")
-        dtype = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(
-            self._input.type, np.float32
-        )
-        scores, cam, heatmap = self._run(x.astype(dtype), np.array([wanted], np.int64))
+        scores, cam, heatmap = self._run(x.astype(self._dtype), np.array([wanted], np.int64))
         flat = scores.reshape(-1).astype(np.float64)
         self._check_range(wanted, flat.size)
         order = np.argsort(-flat, kind="stable")

@@ -109,7 +109,7 @@ def _serves_any_rows(
 
 
 def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value:
-    """View [N*K,...] as [N,K,...]; if its plane is one number repeated, view that number and repeat it last."""
+    """View [N*K,...] as [N,K,...]; what was repeated over the plane is viewed first and repeated last."""
     node = found.producer()
     assert node is not None
     rows = op.Shape(index)

@@ -43,7 +43,7 @@ def _mean_of_repeated(op: Emitter, node: ir.Node) -> ir.Value | None:
         return None
     repeated, axes_value = node.inputs
     expand = repeated.producer() if repeated is not None else None
-    if expand is None or expand.op_type != "Expand" or axes_value is None:
+    if repeated is None or expand is None or expand.op_type != "Expand" or axes_value is None:
         return None
     once, axes = expand.inputs[0], constant_array(axes_value)
     if once is None or once.shape is None or axes is None or axes.size == 0:

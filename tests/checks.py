@@ -80,10 +80,10 @@ def check_vjp(
     arrays = [a if a is None or a.dtype.kind != "f" else a.astype(np.float64) for a in arrays]
 
     def build(dtype: type, differentiate: bool) -> onnx.ModelProto:
+        asked = wrt if differentiate else []
         return _one_node_model(
-            op_type, arrays, dtype, wrt if differentiate else [], constant, outputs, count, opset, domain, symbolic,
-            attributes,
-        )  # fmt: skip
+            op_type, arrays, dtype, asked, constant, outputs, count, opset, domain, symbolic, attributes
+        )
 
     feeds = {f"x{i}": a for i, a in enumerate(arrays) if a is not None and i not in constant}
     forward = reference(build(np.float64, False))
@@ -144,8 +144,8 @@ def _one_node_model(
             if a is not None and i not in constant
         ],
         [onnx.helper.make_empty_tensor_value_info(f"y{k}") for k in outputs],
-        [onnx.numpy_helper.from_array(a, f"x{i}") for i, a in enumerate(arrays) if i in constant and a is not None],
-    )  # fmt: skip
+        [onnx.numpy_helper.from_array(arrays[i], f"x{i}") for i in constant],
+    )
     imports = [onnx.helper.make_opsetid("", opset)]
     if domain:
         imports.append(onnx.helper.make_opsetid(domain, 1))
