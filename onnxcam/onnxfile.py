@@ -51,6 +51,10 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
     try:
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.size <= _SMALL:
+                value.const_value = ir.tensor(tensor.numpy().copy(), name=value.name)
     except Exception as error:  # the reader names no exceptions of its own
         raise OnnxcamError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
     return model

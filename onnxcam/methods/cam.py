@@ -29,7 +29,7 @@ def gradcam(op: Emitter, a: Value, da: Value) -> Value:
 
 @method("gradcam++")
 def gradcam_plus_plus(op: Emitter, a: Value, da: Value) -> Value:
-    """ReLU(sum_k S(alpha relu(g_k)) A_k), alpha = g^2 / (2 g^2 + S(A_k) g^3). Chattopadhay et al. 2018, eq. 19.
+    """ReLU(sum_k S(alpha relu(g_k)) A_k), alpha = g^2/(2 g^2 + S(A) g^3). Chattopadhay et al. 2018, eq. 19.
 
     That is alpha = 1 / (2 + S(A_k) g_k); where g is 0 its product with relu(g) is 0 whatever alpha is.
     """

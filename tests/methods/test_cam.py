@@ -30,7 +30,9 @@ def run(name, a, da):
     """Compute a map [N,K,h,w] from a [N,C,h,w] and da [N,K,C,h,w] through onnx.reference."""
     values = [
         ir.Value(name="a", shape=ir.Shape(["N", 1, *a.shape[1:]]), type=ir.TensorType(ir.DataType.DOUBLE)),
-        ir.Value(name="da", shape=ir.Shape(["N", "K", *da.shape[2:]]), type=ir.TensorType(ir.DataType.DOUBLE)),
+        ir.Value(
+            name="da", shape=ir.Shape(["N", "K", *da.shape[2:]]), type=ir.TensorType(ir.DataType.DOUBLE)
+        ),
     ]
     graph = ir.Graph(values, [], nodes=[], name="method", opset_imports={"": 18})
     op = Emitter(graph, 18, "test")
