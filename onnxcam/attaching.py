@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam import __version__, layers, onnxfile
-from onnxcam.card import KEY, Card, Preprocess
-from onnxcam.emit import Emitter
+from onnxcam.card import KEY, LAYOUTS, Card, Preprocess
+from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.methods import METHODS, Method
-from onnxcam.seed import class_gradients, resolve_classes
+from onnxcam.seed import ROWS, class_gradients, resolve_classes
 from onnxcam.simplify import simplify
 from onnxcam.vjp import RULES
 from onnxcam.vjp.shapes import dims
@@ -31,7 +32,6 @@ _OUTPUTS = {
     "gradients": "cam_gradients",
 }
 _CLASS_INPUT = "cam_class"
-_NEWEST_USUAL_IR = 10
 
 
 def attach(
@@ -79,8 +79,16 @@ def attach(
         _one_of("output", name, EMITS)
     if not emit:
         raise OnnxcamError(f"nothing to emit; choose from {', '.join(EMITS)}")
+    if path is not None and isinstance(model, str | os.PathLike) and _same_file(Path(path), Path(model)):
+        raise OnnxcamError(f"{path} is the model itself, which is never modified; choose another output name")
     model = prepared(model)
     graph = model.graph
+    taken = {value.name for value in all_values(graph)}
+    for name in (_CLASS_INPUT, *(_OUTPUTS[kind] for kind in emit)):
+        if name in taken:
+            raise OnnxcamError(
+                f"the model has a value called {name!r} already, a name that attach needs; rename it there"
+            )
     picture = layers.picture(model)
     found = layers.scores(model, scores)
     source = (
@@ -88,8 +96,9 @@ def attach(
         if layer is not None
         else layers.default(layers.explainable(picture, found.logits), found.logits)
     )
+    prepares = _preprocess(picture, preprocess)
     card = Card(
-        input=_preprocess(picture, preprocess),
+        input=prepares,
         scores=found.output.name or "",
         scores_are=found.are,
         layer=source.name,
@@ -100,7 +109,8 @@ def attach(
         tool=f"onnxcam {__version__}",
     )
     op = Emitter(graph, graph.opset_imports[""], PREFIX)
-    outputs = _explain(op, picture, found, source, chosen, score, class_input, emit)
+    rows = 2 if prepares.layout == "NCHW" else 1
+    outputs = _explain(op, picture, rows, found, source, chosen, score, class_input, emit)
     simplify(op)
     op.remove_dead(list(outputs.values()))
     for name, value in outputs.items():
@@ -123,7 +133,7 @@ def prepared(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir
     if isinstance(model, ir.Model):
         own = model.clone()
     elif isinstance(model, onnx.ModelProto):
-        own = ir.from_proto(model)
+        own = onnxfile.from_proto(model)
     else:
         own = onnxfile.load(model)
     card = Card.from_metadata(own.metadata_props)
@@ -137,6 +147,7 @@ def prepared(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir
 def _explain(
     op: Emitter,
     picture: Value,
+    rows: int,
     found: layers.Scores,
     source: layers.Layer,
     method: Method,
@@ -157,9 +168,10 @@ def _explain(
         # The class map of a convolution that ends in ReLU is taken before the ReLU.
         rules = {**RULES, ("", "Relu"): RULES["", "Identity"]}
     with op.scope("class"):
-        logits = _as_rows(op, found.logits)
-        explained = op.Softmax(logits, axis=1) if score == "after" else logits
         ranked = _as_rows(op, found.output)
+        explained = _as_rows(op, _logits(op, found))
+        if score == "after":
+            explained = ranked if found.are == "probabilities" else op.Softmax(explained, axis=1)
         index, valid = resolve_classes(op, ranked, _class_input(op, class_input))
     da = class_gradients(op, explained, index, activation, rules)
     if da is None:
@@ -172,21 +184,21 @@ def _explain(
         outputs["cam"] = op.Where(known, map_, np.float32(np.nan))
     if "heatmap" in emit:
         with op.scope("heatmap"):
-            outputs["heatmap"] = heatmap(op, outputs["cam"], picture)
+            outputs["heatmap"] = heatmap(op, outputs["cam"], picture, rows)
     if "activations" in emit:
         outputs["activations"] = op.Identity(activation)
     if "gradients" in emit:
         with op.scope("gradients"):
             full = op.Expand(da, op.Shape(a, start=2))
-            flat = op.Where(op.Unsqueeze(valid, [2, 3, 4]), full, np.nan)
-            rows = op.Concat(np.array([-1]), op.Shape(activation, start=1), axis=0)
-            outputs["gradients"] = op.Reshape(flat, rows)
+            shown = op.Where(op.Unsqueeze(valid, [2, 3, 4]), full, np.nan)
+            shape = op.Concat(np.array([-1]), op.Shape(activation, start=1), axis=0)
+            outputs["gradients"] = op.Reshape(shown, shape)
     for name, value in outputs.items():
-        value.shape = _declared_shape(name, picture, activation)
+        value.shape = _declared_shape(name, picture, rows, activation)
     return {name: outputs[name] for name in EMITS if name in emit}
 
 
-def heatmap(op: Emitter, cam: Value, picture: Value) -> Value:
+def heatmap(op: Emitter, cam: Value, picture: Value, rows: int = 2) -> Value:
     """Resize maps to the picture (bilinear, half-pixel centres) and scale each to [0,1].
 
     A map that is flat or has a value that is not finite becomes all zeros.
@@ -195,15 +207,19 @@ def heatmap(op: Emitter, cam: Value, picture: Value) -> Value:
         op: where the nodes go.
         cam: float32 [N,K,h,w].
         picture: the model's input, [N,C,H,W] or [N,H,W,C].
+        rows: the axis of H there.
 
     Returns:
         float32 [N,K,H,W].
     """
-    rows = 2 if layout(picture) == "NCHW" else 1
     size = dims(picture)[rows : rows + 2]
     sizes = size if all(isinstance(d, int) for d in size) else op.Shape(picture, start=rows, end=rows + 2)
-    finite = op.ReduceMin(op.Cast(op.Less(op.Abs(cam), np.float32(np.inf)), to=ir.DataType.FLOAT), [2, 3])
-    clean = op.Where(op.Greater(finite, 0.0), cam, 0.0)
+    # Up to half the largest number, so that the span from minimum to maximum is finite too.
+    small = op.LessOrEqual(op.Abs(cam), np.finfo(np.float32).max / 2)
+    finite = op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3])
+    # A flat map is zero before the resizing, whose weights add up to 1 only nearly.
+    varied = op.Greater(op.ReduceMax(cam, [2, 3]), op.ReduceMin(cam, [2, 3]))
+    clean = op.Where(op.And(op.Greater(finite, 0.0), varied), cam, 0.0)
     full = op.Resize(
         clean,
         None,
@@ -239,13 +255,25 @@ def _class_input(op: Emitter, kind: str) -> Value:
     return value
 
 
+def _same_file(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _logits(op: Emitter, found: layers.Scores) -> Value:
+    """Return the scores before the softmax, regrouped as the output is."""
+    value = found.logits
+    for node in found.regrouping:
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        value = op.node(node.op_type, value, *node.inputs[1:], **attributes)
+    return value
+
+
 def _as_rows(op: Emitter, scores: Value) -> Value:
     """View class scores [N,M] or [N,M,1,1] as [N,M]."""
     return scores if len(dims(scores)) == 2 else op.Flatten(scores, axis=1)
 
 
-def _declared_shape(name: str, picture: Value, activation: Value) -> ir.Shape:
-    rows = 2 if layout(picture) == "NCHW" else 1
+def _declared_shape(name: str, picture: Value, rows: int, activation: Value) -> ir.Shape:
     batch, kinds = dims(picture)[0], "cam_classes"
     channels, *plane = dims(activation)[1:]
     return ir.Shape(
@@ -253,7 +281,7 @@ def _declared_shape(name: str, picture: Value, activation: Value) -> ir.Shape:
             "cam": [batch, kinds, *plane],
             "heatmap": [batch, kinds, *dims(picture)[rows : rows + 2]],
             "activations": [batch, channels, *plane],
-            "gradients": ["cam_rows", channels, *plane],
+            "gradients": [ROWS, channels, *plane],
         }[name]
     )
 
@@ -264,6 +292,7 @@ def _preprocess(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
         raise TypeError(f"attach() got an unexpected argument {sorted(unknown)[0]!r}")
     given = {name: value for name, value in facts.items() if value is not None}
     given.setdefault("layout", layout(picture))
+    _one_of("layout", given["layout"], LAYOUTS)
     rows = 2 if given["layout"] == "NCHW" else 1
     for name, size in zip(("height", "width"), dims(picture)[rows : rows + 2], strict=True):
         if isinstance(size, int) and given.setdefault(name, size) != size:

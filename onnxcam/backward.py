@@ -12,7 +12,8 @@ from onnxcam.vjp import RULES, Rule
 def path(output: ir.Value, source: ir.Value) -> list[ir.Node]:
     """Return the nodes through which `source` can influence `output`, in the order they run.
 
-    Only floating-point values carry influence: a gradient does not pass through indices or shapes.
+    Only floating-point values carry influence, and quantised ones, which stand for floating-point
+    values: a gradient does not pass through indices or shapes.
     """
     ancestors: list[ir.Node] = []
     seen: set[ir.Node] = set()
@@ -27,16 +28,35 @@ def path(output: ir.Value, source: ir.Value) -> list[ir.Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((producer, False) for producer in node.predecessors())
+            stack.extend((value.producer(), False) for value in _reads(node))
     depends = {source}
     on_path = []
     for node in ancestors:
-        if any(value in depends for value in node.inputs):
-            reached = [v for v in node.outputs if v.dtype is None or v.dtype.is_floating_point()]
+        if any(value in depends for value in _reads(node)):
+            reached = [v for v in node.outputs if _carries(node, v, depends)]
             if reached:
                 depends.update(reached)
                 on_path.append(node)
     return on_path
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """Return the values that `node` reads, those that its subgraphs capture included."""
+    bodies = [a.value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    inner = [n for body in bodies for n in ir.traversal.RecursiveGraphIterator(body)]
+    captured = [v for n in inner for v in n.inputs if v is not None and v.graph is node.graph]
+    return [v for v in node.inputs if v is not None] + captured
+
+
+def _carries(node: ir.Node, value: ir.Value, depends: set[ir.Value]) -> bool:
+    """Whether `value`, an output of `node`, can carry the influence of the values in `depends`."""
+    if value.dtype is None or value.dtype.is_floating_point():
+        return True
+    if value.dtype in (ir.DataType.BOOL, ir.DataType.INT64):
+        return False
+    return node.op_type == "QuantizeLinear" or any(
+        v is not None and v in depends and v.dtype is not None and v.dtype.is_integer() for v in node.inputs
+    )
 
 
 def gradient(
@@ -76,7 +96,15 @@ def gradient(
         if rule is None:
             raise OnnxcamError(_no_rule(node, rules))
         with op.scope(f"gradient/{node.name}"):
-            for value, dx in zip(node.inputs, rule(op, node, arriving), strict=True):
+            try:
+                leaving = rule(op, node, arriving)
+            except OnnxcamError:
+                # Nothing may be known of a value only because an operator before it is unknown.
+                unknown = next((n for n in nodes if (n.domain, n.op_type) not in rules), None)
+                if unknown is None:
+                    raise
+                raise OnnxcamError(_no_rule(unknown, rules)) from None
+            for value, dx in zip(node.inputs, leaving, strict=True):
                 if value is None or dx is None or value not in active:
                     continue
                 before = gradients.get(value)

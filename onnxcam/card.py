@@ -6,7 +6,8 @@ The format is written down in ``docs/format.md``.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxcam.errors import OnnxcamError
@@ -20,6 +21,8 @@ FORMAT = 1
 COLORS = ("RGB", "BGR", "GRAY")
 LAYOUTS = ("NCHW", "NHWC")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+HOLDS = ("logits", "probabilities")
+SCORES = ("before", "after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +55,25 @@ class Preprocess:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise OnnxcamError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
-        if self.color is not None and self.color not in COLORS:
-            raise OnnxcamError(f"color is {self.color!r}; it must be one of {', '.join(COLORS)}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise OnnxcamError(
-                f"interpolation is {self.interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}"
-            )
+        _text("input name", self.name)
+        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("color", self.color, (*COLORS, None))
+        _one_of("interpolation", self.interpolation, INTERPOLATIONS)
         for name in ("height", "width"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise OnnxcamError(f"{name} is {size}; it must be at least 1 pixel")
+            if size is not None and not (isinstance(size, int) and size >= 1):
+                raise OnnxcamError(f"{name} is {size!r}; it must be a whole number of pixels, at least 1")
+        if self.scale is not None and not (_is_finite(self.scale) and self.scale != 0):
+            raise OnnxcamError(f"scale is {self.scale!r}; it must be a number other than zero")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is None:
                 continue
+            if not values or not all(map(_is_finite, values)):
+                raise OnnxcamError(f"{name} is {list(values)}; it must be one number, or one per channel")
             if self.color is not None and len(values) not in (1, self.channels):
                 raise OnnxcamError(
-                    f"{name} has {len(values)} values; {self.color} needs 1 or {self.channels}"
+                    f"{name} has {len(values)} values; give one, or one for each channel of {self.color}"
                 )
             if name == "std" and not all(value > 0 for value in values):
                 raise OnnxcamError(f"std is {list(values)}; every value must be above zero")
@@ -78,14 +81,13 @@ class Preprocess:
             self._check_resize(self.resize)
 
     def _check_resize(self, resize: str) -> None:
+        _text("resize", resize)
         rule, colon, edge = resize.partition(":")
         if rule not in ("stretch", "crop") or (colon and (rule != "crop" or not edge.isdecimal())):
             raise OnnxcamError(f"resize is {resize!r}; it must be stretch, crop or crop:PIXELS")
-        larger = max(self.height or 0, self.width or 0)
-        if edge and int(edge) < max(larger, 1):
-            raise OnnxcamError(
-                f"resize {resize!r} makes the picture smaller than the {self.height}x{self.width} crop"
-            )
+        larger = max(self.height or 1, self.width or 1)
+        if edge and int(edge) < larger:
+            raise OnnxcamError(f"resize is {resize!r}; the crop itself needs {larger} pixels")
 
     @property
     def channels(self) -> int:
@@ -134,6 +136,16 @@ class Card:
     labels: tuple[str, ...] | None = None
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        for name in ("scores", "layer", "method", "tool"):
+            _text(name, getattr(self, name))
+        _one_of("scores_are", self.scores_are, HOLDS)
+        _one_of("score", self.score, SCORES)
+        if self.labels is not None and not (
+            isinstance(self.labels, tuple) and all(isinstance(label, str) for label in self.labels)
+        ):
+            raise OnnxcamError("labels must be a list of texts, one for each class")
+
     def to_json(self) -> str:
         """Return the card as one line of JSON; facts that are unknown are left out."""
         fields = dataclasses.asdict(self)
@@ -152,18 +164,34 @@ class Card:
             return None
         try:
             fields: dict[str, Any] = json.loads(text)
-            version = fields["format"]
-            if version != FORMAT:
-                raise OnnxcamError(
-                    f"the model's card has format {version}; this onnxcam reads format {FORMAT}. "
-                    "Use the onnxcam that wrote it, or attach again."
-                )
-            given = fields.pop("input")
-            for name in ("mean", "std"):
-                if name in given:
-                    given[name] = tuple(float(value) for value in given[name])
-            if "labels" in fields:
-                fields["labels"] = tuple(str(label) for label in fields["labels"])
-            return cls(input=Preprocess(**given), **fields)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            version = fields.get("format")
+            if version == FORMAT:
+                return cls._from_fields(**fields)
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise OnnxcamError(f"the model's card is damaged ({error}); attach the model again") from error
+        raise OnnxcamError(
+            f"the model's card has format {version}; this onnxcam reads format {FORMAT}. "
+            "Use the onnxcam that wrote it, or attach again."
+        )
+
+    @classmethod
+    def _from_fields(cls, *, input: dict[str, Any], labels: Any = None, **fields: Any) -> "Card":
+        for name in ("mean", "std"):
+            if name in input:
+                input[name] = tuple(float(value) for value in input[name])
+        labels = tuple(labels) if isinstance(labels, list) else labels
+        return cls(input=Preprocess(**input), labels=labels, **fields)
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise OnnxcamError(f"{name} is {value!r}; it must be text")
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str | None]) -> None:
+    if value not in allowed:
+        raise OnnxcamError(f"{name} is {value!r}; it must be one of {', '.join(filter(None, allowed))}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,7 +1,9 @@
 """The command line: each command parses, calls one function and prints."""
 
 import enum
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -105,7 +107,7 @@ def _labels(path: Path | None) -> list[str] | None:
         raise OnnxcamError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise OnnxcamError(f"{path} is not a text file with a class name on each line") from None
-    return text.splitlines()
+    return [line.strip() for line in text.rstrip().splitlines()]
 
 
 Layer = Annotated[
@@ -164,7 +166,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
     opacity: Annotated[
         float, typer.Option(min=0, max=1, help="Opacity of the map where it is highest.")
-    ] = 0.5,
+    ] = 0.7,
     labels: Labels = None,
     size: Size = None,
     color: Color = None,
@@ -173,6 +175,7 @@ def run(
     std: Std = None,
     resize: Resize = None,
     interpolation: Interpolation = None,
+    layout: Layout = None,
 ) -> None:
     """Explain pictures: for each class an overlay, and one panel with all of them."""
     from onnxcam.runtime import Explainer
@@ -182,26 +185,26 @@ def run(
         model,
         provider=provider.value,
         labels=_labels(labels),
-        preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation),
+        preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
         layer=layer,
         method=method,
         score=None if score is None else score.value,
         scores=scores,
     )
-    wanted = [_index_or_text(text) for text in classes or ["-1"]]
+    wanted = explainer.resolve(classes or -1)
     stems = _stems(images)
     failed = 0
     with _progress(len(images)) as advance:
         for image, stem in zip(images, stems, strict=True):
             try:
                 explanation = explainer(image, wanted)
-                files = _write(explanation, output, stem, opacity)
             except OnnxcamError as error:
                 if len(images) == 1:
                     raise
                 failed += 1
-                typer.echo(f"onnxcam: {error}", err=True)
+                _complain(error)
             else:
+                files = _write(explanation, output, stem, opacity)
                 typer.echo(_json(explanation, files) if as_json else _text(explanation, files))
             advance()
     if failed:
@@ -312,7 +315,7 @@ def layers(
                 "module": layer.module,
                 "default": layer is default,
             }
-            typer.echo(json.dumps(row, ensure_ascii=False))
+            typer.echo(json.dumps(row))
         return
     rows = [("", "name", "shape", "operator", "module")]
     for layer in found:
@@ -340,17 +343,21 @@ def _options(
 
 def main() -> None:
     """Run the command line; what is wrong with the input is one line on stderr, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are no text
     try:
         app()
     except OnnxcamError as error:
-        typer.echo(f"onnxcam: {error}", err=True)
+        _complain(error)
+        sys.exit(2)
+    except MemoryError:
+        _complain("there is not enough memory for this; give smaller pictures, or fewer classes at once")
         sys.exit(2)
 
 
-def _index_or_text(text: str) -> str:
-    if not text.strip():
-        raise OnnxcamError("a class is empty; give an index, a label or top3")
-    return text.strip()
+def _complain(error: object) -> None:
+    typer.echo(f"onnxcam: {' '.join(str(error).split())}", err=True)
 
 
 def _parts(text: str) -> list[str]:
@@ -359,24 +366,25 @@ def _parts(text: str) -> list[str]:
 
 def _check_folder(folder: Path) -> None:
     """See that pictures can be written to `folder`, which is made when the first one is."""
-    import os
-
     existing = folder
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
-    if not existing.is_dir():
+    if not os.path.isdir(existing):  # noqa: PTH112 - unlike Path's, it takes no offence at odd names
         raise OnnxcamError(f"{existing} is not a folder; choose another with --output")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OnnxcamError(f"{existing} is not writable; choose another folder with --output")
 
 
 def _check_output(output: Path, model: Path | None) -> None:
-    if output.is_dir():
-        raise OnnxcamError(f"{output} is a folder; give the name of the file to write")
-    if not output.parent.is_dir():
-        raise OnnxcamError(f"the folder {output.parent} does not exist")
-    if model is not None and output.exists() and model.exists() and output.samefile(model):
-        raise OnnxcamError(f"{output} is the model itself, which stays as it is; choose another name")
+    try:
+        if output.is_dir():
+            raise OnnxcamError(f"{output} is a folder; give the name of the file to write")
+        if not output.parent.is_dir():
+            raise OnnxcamError(f"the folder {output.parent} does not exist")
+        if model is not None and output.exists() and model.exists() and output.samefile(model):
+            raise OnnxcamError(f"{output} is the model itself, which stays as it is; choose another name")
+    except OSError as error:
+        raise OnnxcamError(f"{output} cannot be written: {error.strerror or error}") from None
 
 
 def _stems(images: Sequence[Path]) -> list[str]:
@@ -401,10 +409,9 @@ def _write(explanation: "Explanation", folder: Path, stem: str, opacity: float) 
         raise OnnxcamError(f"{folder} cannot be made: {error.strerror or error}") from None
     overlays = []
     for k, prediction in enumerate(explanation.classes):
-        slug = re.sub(r"[^\w]+", "-", prediction.label).strip("-")[:60]
-        name = (
-            f"{stem}.{prediction.index}-{slug}.png" if slug != str(prediction.index) else f"{stem}.{slug}.png"
-        )
+        slug = re.sub(r"[^\w]+", "-", prediction.label)[:60].strip("-")
+        name = "-".join(filter(None, dict.fromkeys([str(prediction.index), slug])))
+        name = f"{stem}.{name}.png"
         save_png(explanation.overlay(k, opacity), folder / name)
         overlays.append(str(folder / name))
     panel = folder / f"{stem}.panel.png"
@@ -417,7 +424,7 @@ def _json(explanation: "Explanation", files: dict[str, Any]) -> str:
     for item, path in zip(row["explanations"], files["overlays"], strict=True):
         item["overlay"] = path
     row["panel"] = files["panel"]
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return json.dumps(row, allow_nan=False)
 
 
 def _text(explanation: "Explanation", files: dict[str, Any]) -> str:
@@ -453,7 +460,8 @@ class _progress:  # noqa: N801
             from rich.console import Console
             from rich.progress import Progress
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            to_terminal = sys.stdout.isatty()  # otherwise the bar must leave it alone
+            self._bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=to_terminal)
             self._task = self._bar.add_task("pictures", total=total)
 
     def __enter__(self) -> Callable[[], None]:

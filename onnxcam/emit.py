@@ -41,7 +41,7 @@ class Emitter:
         self._anchor: ir.Node | None = None
         self._opset = opset
         self._scope = prefix
-        self._taken = {value.name for value in _all_values(graph)}
+        self._taken = {value.name for value in all_values(graph)}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._counts: dict[str, int] = {}
 
@@ -130,11 +130,20 @@ class Emitter:
 
     def remove_dead(self, keep: Sequence[ir.Value]) -> None:
         """Remove emitted nodes and constants that nothing reads and that are not in `keep`."""
-        kept = set(keep)
-        for node in reversed(self.nodes):
-            if not any(value.uses() or value in kept or value.is_graph_output() for value in node.outputs):
-                assert node.graph is not None
-                node.graph.remove(node, safe=True)
+        kept, own = set(keep), set(self.nodes)
+        waiting = list(self.nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in own or node.graph is None:
+                continue
+            if any(value.uses() or value in kept or value.is_graph_output() for value in node.outputs):
+                continue
+            waiting.extend(node.predecessors())
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    attribute.as_graph().outputs.clear()
+                    waiting.extend(attribute.as_graph())
+            node.graph.remove(node, safe=True)
         self.nodes = [node for node in self.nodes if node.graph is not None]
         for key, value in list(self._constants.items()):
             if not value.uses() and value not in kept:
@@ -167,6 +176,8 @@ class Emitter:
                 values.append(self.constant(np.asarray(operand)))
             elif isinstance(operand, bool | int | float):
                 dtype = dtypes.get(kind)
+                if dtype is None and isinstance(operand, float):
+                    dtype = next(iter(dtypes.values()))  # the exponent of a Pow has a type of its own
                 as_dtype = np.dtype(np.int64) if dtype is None else dtype.numpy()
                 values.append(self.constant(np.asarray(operand, as_dtype)))
             else:
@@ -181,13 +192,13 @@ class Emitter:
             if value is None:
                 continue
             assert value.name is not None
-            types[value.name] = ir.to_proto(value).type
+            types[value.name] = ir.serde.serialize_value(value).type
             tensor = value.const_value
             if tensor is not None and tensor.nbytes <= _KNOWN_DATA_LIMIT:
-                data[value.name] = ir.to_proto(tensor)
+                data[value.name] = ir.serde.serialize_tensor(tensor)
         inferred = onnx.shape_inference.infer_node_outputs(
             schema,
-            ir.to_proto(node),
+            ir.serde.serialize_node(node),
             types,
             data,
             opset_imports=[onnx.helper.make_opsetid("", self._opset)],
@@ -200,7 +211,8 @@ class Emitter:
                 value.shape = ir.serde.deserialize_type_proto_for_shape(proto)
 
 
-def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Iterate over the inputs, the initializers and what the nodes compute, in subgraphs too."""
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph.all_nodes():

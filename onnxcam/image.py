@@ -63,9 +63,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a large picture or odd metadata is no news to the user
             with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-                return to_rgb(image if turn is None else image.transpose(turn))
+                return upright(image)
     except Image.DecompressionBombError as error:
         raise OnnxcamError(f"{path} is too large to open: {error}") from error
     except UnidentifiedImageError as error:
@@ -77,6 +75,13 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     except Exception as error:  # decoders raise struct.error, SyntaxError, zlib.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OnnxcamError(f"{path} is damaged, cut short or not supported by Pillow: {reason}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return a copy of `image`, turned as its EXIF orientation says, as `to_rgb` makes it."""
+    image.load()
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return to_rgb(image if turn is None else image.transpose(turn))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -143,6 +148,11 @@ class Viewport:
         columns, seen_columns = _resample(self.width, self.left, self.right, heat.shape[1])
         return rows @ heat.astype(np.float32, copy=False) @ columns.T, np.outer(seen_rows, seen_columns)
 
+    def scaled(self, width: int, height: int) -> "Viewport":
+        """Return the same part of the picture after it was resized to width x height."""
+        x, y = width / self.width, height / self.height
+        return Viewport(self.left * x, self.top * y, self.right * x, self.bottom * y, width, height)
+
     def to_pixel(self, row: float, column: float, shape: tuple[int, ...]) -> tuple[float, float]:
         """Return the point (x, y) of the picture, in pixels, at the centre of one cell of a map.
 
@@ -173,6 +183,21 @@ def _resample(
     return weights.astype(np.float32), seen
 
 
+def check_facts(preprocess: Preprocess) -> None:
+    """See that all is known that `prepare` needs.
+
+    Raises:
+        OnnxcamError: names the missing facts and the options that give them.
+    """
+    unknown = preprocess.missing()
+    if unknown:
+        options = dict.fromkeys(_OPTIONS.get(fact, f"--{fact}") for fact in unknown)
+        raise OnnxcamError(
+            f"the model does not say how a picture becomes its input: {', '.join(unknown)} unknown; "
+            f"give {', '.join(options)}"
+        )
+
+
 def prepare(image: Image.Image, preprocess: Preprocess) -> tuple[NDArray[np.float32], Viewport]:
     """Resize, crop and normalise a picture into the model's input, as torchvision's transforms do.
 
@@ -188,14 +213,8 @@ def prepare(image: Image.Image, preprocess: Preprocess) -> tuple[NDArray[np.floa
         OnnxcamError: a fact that is needed is missing from `preprocess`.
     """
     p = preprocess
-    unknown = p.missing()
-    if unknown:
-        options = dict.fromkeys(_OPTIONS.get(fact, f"--{fact}") for fact in unknown)
-        raise OnnxcamError(
-            f"the model does not say how a picture becomes its input: {', '.join(unknown)} unknown; "
-            f"give {', '.join(options)}"
-        )
-    assert p.height and p.width and p.scale is not None and p.mean and p.std  # what missing() has checked
+    check_facts(p)
+    assert p.height and p.width and p.scale is not None and p.mean and p.std
     image = image if image.mode == "RGB" else to_rgb(image)
     if p.color == "GRAY":
         image = image.convert("L")

@@ -10,7 +10,7 @@ from onnxcam.backward import path
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.vjp.shapes import constant_array, dims, is_constant
 
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum")
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "FusedConv", "FusedGemm", "FusedMatMul")
 _REGROUPING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
 _PROBABILITY = ("Softmax", "Sigmoid", "HardSigmoid")
 
@@ -50,11 +50,13 @@ class Scores:
         output: the model's own output.
         logits: the value before a final softmax or sigmoid; `output` itself if there is none.
         are: what `output` holds: ``logits`` or ``probabilities``.
+        regrouping: the nodes that only regroup elements between that softmax and `output`, in order.
     """
 
     output: ir.Value
     logits: ir.Value
     are: str
+    regrouping: tuple[ir.Node, ...] = ()
 
 
 def picture(model: ir.Model) -> ir.Value:
@@ -106,16 +108,17 @@ def scores(model: ir.Model, name: str | None = None) -> Scores:
         hint = "; choose one with --scores" if fitting else ""
         raise OnnxcamError(f"the model has {reason} [N,classes]{hint}. Its outputs: {listed}")
     output = fitting[0]
-    value, are = output, "logits"
+    value = output
+    regrouping: list[ir.Node] = []
     while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
-        if node.op_type in _PROBABILITY:
-            return Scores(output, node.inputs[0], "probabilities")
-        if node.op_type == "LogSoftmax":
-            return Scores(output, node.inputs[0], are)
+        if node.op_type in (*_PROBABILITY, "LogSoftmax"):
+            are = "probabilities" if node.op_type in _PROBABILITY else "logits"
+            return Scores(output, node.inputs[0], are, tuple(reversed(regrouping)))
         if node.op_type not in _REGROUPING:
             break
+        regrouping.append(node)
         value = node.inputs[0]
-    return Scores(output, output, are)
+    return Scores(output, output, "logits")
 
 
 def explainable(source: ir.Value, logits: ir.Value) -> list[Layer]:
@@ -187,7 +190,7 @@ def why_no_linear_head(source: ir.Value, logits: ir.Value) -> str | None:
     """
     weighted, pooled, rectified = 0, False, False
     for node in path(logits, source):
-        if _is_weighted(node) and node.op_type != "ConvTranspose":
+        if _is_weighted(node) and node.op_type != "ConvTranspose" and not node.domain:
             if node.op_type == "Conv" and any(k != 1 for k in dims(node.inputs[1])[2:]):  # type: ignore[arg-type]
                 return f"node {node.name!r} is a convolution wider than 1x1"
             weighted += 1

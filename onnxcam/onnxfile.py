@@ -1,10 +1,13 @@
 """ONNX files: reading one, bringing it into the form that everything behind it expects, writing one."""
 
 import contextlib
+import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import google.protobuf.message
 import numpy as np
@@ -13,6 +16,7 @@ import onnx.reference
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from onnxcam import contrib
 from onnxcam.errors import OnnxcamError
 
 OLDEST_OPSET = 18
@@ -38,7 +42,7 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
         with path.open("rb") as file:
             if not file.read(1):
                 raise OnnxcamError(f"{path} is empty")
-        proto = onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
     except FileNotFoundError:
         raise OnnxcamError(f"{path} does not exist") from None
     except OSError as error:
@@ -47,21 +51,40 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short")
-    _check_external_data(proto, path)
+    folder = path.resolve().parent
+    for tensor, of_graph in _tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external_data(tensor, path)
+            # The others onnx's tools or onnx_ir would miss: only large weights of the main graph stay there.
+            if not of_graph or math.prod(tensor.dims) <= _SMALL:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, os.fspath(folder))
     try:
-        model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, path.resolve().parent)
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and tensor.size <= _SMALL:
-                value.const_value = ir.tensor(tensor.numpy().copy(), name=value.name)
-    except Exception as error:  # the reader names no exceptions of its own
-        raise OnnxcamError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
+        model = from_proto(proto)
+    except OnnxcamError as error:
+        raise OnnxcamError(f"{path}: {error}") from error
+    ir.external_data.set_base_dir(model.graph, folder)
     return model
 
 
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """Read a model that is in memory.
+
+    Raises:
+        OnnxcamError: it is damaged.
+    """
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it warns of, `normalise` makes an error
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:  # the reader names no exceptions of its own
+        raise OnnxcamError(f"the model is not valid: {_first_line(error)}") from error
+    finally:
+        logger.setLevel(level)
+
+
 def normalise(model: ir.Model) -> ir.Model:
-    """Inline the model's functions, bring it to opset 18 or newer and infer all types and shapes.
+    """Check the model, inline its functions, bring it to opset 18 or newer and infer all types and shapes.
 
     Shape arithmetic that comes to constants is worked out and noted on the values (``const_value``);
     the nodes stay as they are.
@@ -73,10 +96,22 @@ def normalise(model: ir.Model) -> ir.Model:
         The model, which is another object if it had to be converted.
 
     Raises:
-        OnnxcamError: onnx cannot convert or type the model.
+        OnnxcamError: the model breaks a rule of ONNX, or onnx cannot convert or type it.
     """
+    imports = model.graph.opset_imports
+    if "ai.onnx" in imports:
+        imports[""] = imports.pop("ai.onnx")
+    opset, newest = imports.get("", 0), onnx.defs.onnx_opset_version()
+    if not 1 <= opset <= newest:
+        raise OnnxcamError(
+            f"the model is of opset {opset}; the installed onnx {onnx.__version__} knows 1 to {newest}"
+        )
+    _run_checker(model, "the model is not valid")
+    if model.ir_version < 4:
+        # Then every weight had to be listed as an input; that is no choice of the author's.
+        model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
+        model.ir_version = 4
     InlinePass()(model)
-    opset = model.graph.opset_imports.get("", 1)
     if opset < OLDEST_OPSET:
         model = _convert(model, OLDEST_OPSET)
     _infer_shapes(model)
@@ -89,11 +124,10 @@ def check(model: ir.Model) -> None:
     """Infer the shapes of all values again and run onnx's full check.
 
     Raises:
-        onnx.checker.ValidationError: the model breaks a rule of ONNX.
+        OnnxcamError: the model breaks a rule of ONNX.
     """
     _infer_shapes(model)
-    with _lightened(model) as proto:
-        onnx.checker.check_model(proto, full_check=True)
+    _run_checker(model, "the explained model is not valid", full_check=True)
 
 
 def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
@@ -105,59 +139,87 @@ def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
         OnnxcamError: `path` cannot be written, or would replace a file that the model is read from.
     """
     path = Path(path)
+    if path.is_dir():
+        raise OnnxcamError(f"{path} is a folder; give the name of the file to write")
     tensors = [value.const_value for value in model.graph.initializers.values()]
     sources = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
     external = bool(sources) or sum(t.nbytes for t in tensors if t is not None) > _ONE_FILE
     data = path.with_name(path.name + ".data")
-    if external and data.resolve() in sources:
-        raise OnnxcamError(f"{data} holds the weights of the model being read; choose another output name")
+    for file in (path, data) if external else (path,):
+        if file.resolve() in sources:
+            raise OnnxcamError(
+                f"{file} holds the weights of the model being read; choose another output name"
+            )
     try:
         with tempfile.TemporaryDirectory(prefix=".onnxcam-", dir=path.parent) as folder:
             whole = Path(folder) / path.name
-            ir.save(model, whole, external_data=data.name if external else None)
+            ir.save(model, whole, format="protobuf", external_data=data.name if external else None)
             if external:
                 whole.with_name(data.name).replace(data)
-            whole.replace(path)
+            try:
+                whole.replace(path)
+            except OSError:
+                if external:
+                    data.unlink()
+                raise
     except OSError as error:
         raise OnnxcamError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    """See that each file of weights exists and lies in the model's own folder."""
+def _check_external_data(tensor: onnx.TensorProto, path: Path) -> None:
+    """See that the file of weights exists, lies in the model's own folder and is long enough."""
+    fields = {entry.key: entry.value for entry in tensor.external_data}
+    location = fields.get("location", "")
     folder = path.resolve().parent
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        target = (folder / location).resolve()
-        if not location or not target.is_relative_to(folder):
-            raise OnnxcamError(
-                f"{path}: the weights {tensor.name!r} point to {location!r}, outside the model's folder"
-            )
-        if not target.is_file():
-            raise OnnxcamError(f"{path}: the file with its weights, {location}, is not beside it")
-        fields = {e.key: e.value for e in tensor.external_data}
-        end = int(fields.get("offset") or 0) + int(fields.get("length") or 0)
-        if target.stat().st_size < end:
-            raise OnnxcamError(f"{path}: the file with its weights, {location}, is cut short")
+    target = (folder / location).resolve()
+    if not location or not target.is_relative_to(folder):
+        raise OnnxcamError(
+            f"{path}: the weights {tensor.name!r} point to {location!r}, outside the model's folder"
+        )
+    if not target.is_file():
+        raise OnnxcamError(f"{path}: the file with its weights, {location}, is not beside it")
+    if target.stat().st_nlink > 1:
+        raise OnnxcamError(
+            f"{path}: the file with its weights, {location}, is a hard link, which onnx refuses; copy it"
+        )
+    try:
+        offset, length = int(fields.get("offset") or 0), int(fields.get("length") or 0)
+        size = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+    except (ValueError, TypeError) as error:
+        raise OnnxcamError(f"{path}: the weights {tensor.name!r} are damaged: {_first_line(error)}") from None
+    if offset < 0 or (length and length != size):
+        raise OnnxcamError(f"{path}: the weights {tensor.name!r} are damaged: {length} bytes at {offset}")
+    if target.stat().st_size < offset + size:
+        raise OnnxcamError(f"{path}: the file with its weights, {location}, is cut short")
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
-            yield from attribute.tensors
-            for inner in attribute.graphs:
-                yield from _tensors(inner)
+def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
+    """Iterate over all tensors, and say of each whether it is a weight of the main graph."""
+    yield from ((tensor, True) for tensor in proto.graph.initializer)
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while nodes:
+        for attribute in nodes.pop().attribute:
+            graphs = [*attribute.graphs, attribute.g]
+            weights = [tensor for graph in graphs for tensor in graph.initializer]
+            yield from ((tensor, False) for tensor in [*attribute.tensors, attribute.t, *weights])
+            for graph in graphs:
+                nodes.extend(graph.node)
+
+
+def _run_checker(model: ir.Model, complaint: str, **options: Any) -> None:
+    try:
+        with _lightened(model) as proto:
+            onnx.checker.check_model(proto, **options)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ir.serde.SerdeError) as error:
+        raise OnnxcamError(f"{complaint}: {_first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def _lightened(model: ir.Model) -> Iterator[onnx.ModelProto]:
-    """Give onnx's own tools the model with its large weights turned into inputs."""
+    """Give onnx's own tools the model with its large weights turned into inputs.
+
+    Operators of onnxruntime that stand in ONNX's domain are in onnxruntime's there.
+    """
     given = list(model.graph.inputs)
     weights = list(model.graph.initializers.values())
     for value in weights:
@@ -170,7 +232,9 @@ def _lightened(model: ir.Model) -> Iterator[onnx.ModelProto]:
             if value not in given:
                 model.graph.inputs.append(value)
     try:
-        yield ir.to_proto(model)
+        proto = ir.to_proto(model)
+        contrib.move_out(proto)
+        yield proto
     finally:
         model.graph.inputs[:] = given
         model.graph.initializers.clear()
@@ -188,26 +252,33 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
                 f"onnx cannot convert the model from opset {model.graph.opset_imports.get('', 1)} "
                 f"to {opset}: {_first_line(error)}"
             ) from error
+    contrib.move_back(converted)
     converted.ir_version = max(model.ir_version, 8)
     del converted.metadata_props[:]
     converted.metadata_props.extend(proto.metadata_props)
     result = ir.from_proto(converted)
-    # Before IR version 4 every initializer had to be listed as an input; that is no choice of the author's.
-    chosen = {value.name for value in model.graph.inputs} if model.ir_version >= 4 else set()
-    real = {value.name for value in model.graph.inputs if not value.is_initializer()}
+    inputs = {value.name for value in model.graph.inputs}
     for value in list(result.graph.inputs):
         weight = model.graph.initializers.get(value.name or "")
         if weight is not None and not value.is_initializer():
             value.const_value = weight.const_value
             result.graph.register_initializer(value)
-        if value.name not in chosen | real:
+        if value.name not in inputs:
             result.graph.inputs.remove(value)
+    # The converter drops what exporters note on nodes, such as module paths.
+    before = {node.outputs[0].name: node for node in model.graph if node.outputs}
+    for node in result.graph:
+        if node.outputs and node.outputs[0].name in before:
+            node.metadata_props.update(before[node.outputs[0].name].metadata_props)
     return result
 
 
 def _infer_shapes(model: ir.Model) -> None:
     """Write onnx's inferred types and shapes onto the values of the model."""
     with _lightened(model) as proto:
+        nodes = [known for node in proto.graph.node for known in contrib.stand_ins(node)]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
         try:
             inferred = onnx.shape_inference.infer_shapes(
                 proto, check_type=True, strict_mode=True, data_prop=True
@@ -282,5 +353,7 @@ def _computed(node: ir.Node, graph: ir.Graph) -> np.ndarray | None:
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import secrets
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,17 +66,26 @@ def colorize(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     Returns:
         uint8 [..., 3], RGB.
     """
-    index = np.rint(_unit(heat) * 255).astype(np.uint8)
-    return np.take(_table(), index, axis=0)
+    return np.take(_table(), _levels(heat), axis=0)
 
 
-def _unit(heat: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return `heat` clipped to 0..1, with 0 for what is not finite."""
-    return np.clip(np.where(np.isfinite(heat), heat, np.float32(0)), 0, 1)
+def _levels(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return `heat` clipped to 0..1 in steps of 1/255, with 0 for what is not finite."""
+    scaled = heat * np.float32(255)
+    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
+    scaled[~np.isfinite(heat)] = 0
+    return scaled.astype(np.uint8)
+
+
+OPACITY = 0.7
+"""Of the map where it is 1, unless asked otherwise: the least at which red reads as red on any photo."""
 
 
 def overlay(
-    image: Image.Image, heat: NDArray[np.float32], mask: NDArray[np.bool_] | None = None, opacity: float = 0.5
+    image: Image.Image,
+    heat: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None = None,
+    opacity: float = OPACITY,
 ) -> Image.Image:
     """Lay a coloured map over a photo.
 
@@ -102,14 +110,16 @@ def overlay(
             raise OnnxcamError(f"the {name} has shape {array.shape}; the photo needs {size}")
     if not 0 <= opacity <= 1:
         raise OnnxcamError(f"opacity is {opacity}; it must be between 0 and 1")
-    photo = image.convert("RGB")
-    alpha = np.rint(255 * opacity * (0.4 + 0.6 * _unit(heat))).astype(np.uint8)
-    grey = photo.convert("L")
-    muted = Image.blend(photo, grey.convert("RGB"), opacity)
-    over = Image.composite(Image.fromarray(colorize(heat)), muted, Image.fromarray(alpha))
-    if mask is None:
+    photo = image if image.mode == "RGB" else image.convert("RGB")
+    level = Image.fromarray(_levels(heat))
+    alpha = level.point([round(255 * opacity * (0.4 + 0.6 * step / 255)) for step in range(256)])
+    level.putpalette(_table().tobytes())
+    luma = np.append(np.array([0.299, 0.587, 0.114]) * opacity, 0)
+    over = photo.convert("RGB", tuple((luma + (1 - opacity) * np.eye(3, 4)).flat))
+    over.paste(level.convert("RGB"), mask=alpha)
+    if mask is None or mask.all():
         return over
-    unseen = Image.blend(grey, Image.new("L", grey.size, 255), 0.45).convert("RGB")
+    unseen = photo.convert("L").point([round(0.55 * grey + 0.45 * 255) for grey in range(256)]).convert("RGB")
     return Image.composite(over, unseen, Image.fromarray(mask.astype(np.uint8) * 255))
 
 
@@ -130,7 +140,9 @@ class Column(NamedTuple):
 
 
 _INK, _GREY = (28, 30, 34), (104, 108, 116)
-_WIDE, _HIGH, _NARROW = 420, 480, 240  # largest picture in a panel, and least width of a column
+PANEL = 420, 480
+"""Width and height in pixels that no picture in a panel exceeds."""
+_NARROW = 240  # least width of a column
 _MARGIN, _GAP, _PER_ROW = 32, 24, 4
 _Line = tuple[str, int, tuple[int, int, int]]  # text, size in pixels, colour
 
@@ -149,7 +161,7 @@ def panel(image: Image.Image, columns: Sequence[Column], title: str = "") -> Ima
     Returns:
         A new picture of mode ``RGB`` on white.
     """
-    scale = min(_WIDE / image.width, _HIGH / image.height, 2)
+    scale = min(PANEL[0] / image.width, PANEL[1] / image.height, 2)
     width, height = (max(1, round(edge * scale)) for edge in image.size)
     column = max(width, _NARROW)
     captions: list[list[_Line]] = [[], *(_caption(cell, column) for cell in columns)]
@@ -238,10 +250,10 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
         OnnxcamError: the folder does not exist or cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary = path.parent / f".{os.urandom(8).hex()}.tmp"
     try:
         with temporary.open("xb") as file:
-            image.save(file, "PNG", compress_level=4)
+            image.save(file, "PNG", compress_level=1)
         temporary.replace(path)
     except OSError as error:
         raise OnnxcamError(f"cannot write {path}: {error.strerror or error}") from error

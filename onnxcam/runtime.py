@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from PIL import Image
 
 from onnxcam.card import Card, Preprocess
 from onnxcam.errors import OnnxcamError, suggest
-from onnxcam.image import Viewport, open_image, prepare, to_rgb
-from onnxcam.render import Column, overlay, panel
+from onnxcam.image import Viewport, check_facts, open_image, prepare, upright
+from onnxcam.render import OPACITY, PANEL, Column, overlay, panel
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """onnxruntime's name of each provider."""
@@ -52,7 +54,7 @@ class Explanation:
         cam: float32 [K,h,w], the method's maps at the layer's resolution, unscaled.
         heatmap: float32 [K,H,W] at the model's input size, each scaled to [0,1].
         card: what the model says about itself.
-        model: the model's file name, or None if it was given in memory.
+        model: the model's file name.
         provider: name of the provider that ran it.
         name: the picture's file name, or None if it was given in memory.
     """
@@ -64,11 +66,11 @@ class Explanation:
     cam: Floats
     heatmap: Floats
     card: Card
-    model: str | None
+    model: str
     provider: str
     name: str | None
 
-    def overlay(self, k: int = 0, opacity: float = 0.5) -> Image.Image:
+    def overlay(self, k: int = 0, opacity: float = OPACITY) -> Image.Image:
         """Return the picture with the map of the k-th class over it, at the picture's own size.
 
         Args:
@@ -78,13 +80,16 @@ class Explanation:
         heat, seen = self.viewport.to_picture(self.heatmap[k])
         return overlay(self.image, heat, seen, opacity)
 
-    def panel(self, opacity: float = 0.5) -> Image.Image:
+    def panel(self, opacity: float = OPACITY) -> Image.Image:
         """Return one picture of the photo and, for each class, the map over it, label and score."""
+        photo = self.image.copy()
+        photo.thumbnail(PANEL, Image.Resampling.LANCZOS)
+        small = dataclasses.replace(self, image=photo, viewport=self.viewport.scaled(*photo.size))
         columns = [
-            Column(self.overlay(k, opacity), c.label, c.score, self.note(k) or "")
+            Column(small.overlay(k, opacity), c.label, c.score, self.note(k) or "")
             for k, c in enumerate(self.classes)
         ]
-        return panel(self.image, columns, f"{self.card.method} at {self.card.module or self.card.layer}")
+        return panel(photo, columns, f"{self.card.method} at {self.card.module or self.card.layer}")
 
     def note(self, k: int) -> str | None:
         """Say why the k-th map shows nothing: ``not finite``, ``all zero`` or ``flat``; None if it does."""
@@ -142,7 +147,10 @@ class Explainer:
         provider: str = "cpu",
         labels: Sequence[str] | None = None,
         preprocess: Mapping[str, Any] | None = None,
-        **attach_options: Any,
+        layer: str | None = None,
+        method: str | None = None,
+        score: str | None = None,
+        scores: str | None = None,
     ) -> None:
         """Open the model.
 
@@ -151,16 +159,17 @@ class Explainer:
             provider: ``cpu`` or ``cuda``.
             labels: class names by index, in place of those on the card.
             preprocess: fields of `onnxcam.card.Preprocess`, in place of those on the card.
-            attach_options: for a plain model, as in `onnxcam.attach`: layer, method, score, scores.
+            layer, method, score, scores: for a plain model, as in `onnxcam.attach`.
 
         Raises:
-            OnnxcamError: the file is no usable model, the provider is not available, or an option does
-                not fit an explained model.
+            OnnxcamError: the file is no usable model, the provider is not available, an option does not
+                fit an explained model, or neither the card nor `preprocess` says how a picture is prepared.
         """
         self.path = Path(model)
         self.provider = _provider(provider)
         given = {name: value for name, value in (preprocess or {}).items() if value is not None}
-        options = {name: value for name, value in attach_options.items() if value is not None}
+        asked = {"layer": layer, "method": method, "score": score, "scores": scores}
+        options = {name: value for name, value in asked.items() if value is not None}
         self._session = _open(self.path, self.provider)
         card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
         if card is None:
@@ -179,50 +188,54 @@ class Explainer:
             input=_replaced(card.input, given),
             labels=tuple(labels) if labels is not None else card.labels,
         )
+        check_facts(self.card.input)
         inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = {output.name: output for output in self._session.get_outputs()}
         lacking = [name for name in (card.scores, "cam", "cam_heatmap") if name not in outputs]
         if card.input.name not in inputs or lacking:
             what = f"output {lacking[0]!r}" if lacking else f"input {card.input.name!r}"
             raise OnnxcamError(f"{self.path} has no {what}; attach again with --emit cam,heatmap")
-        self._dtype = _DTYPES[inputs[card.input.name].type]
-        size = outputs[card.scores].shape[1]
-        self._count = size if isinstance(size, int) else None
-        if self.card.labels is not None and self._count not in (None, len(self.card.labels)):
-            raise OnnxcamError(f"there are {len(self.card.labels)} labels for {self._count} classes")
+        picture, size = inputs[card.input.name], outputs[card.scores].shape[1]
+        if picture.type not in _DTYPES:
+            raise OnnxcamError(f"{self.path} takes {picture.type}; onnxcam feeds {', '.join(_DTYPES)}")
+        self._dtype = _DTYPES[picture.type]
+        self._rows = picture.shape[0] if isinstance(picture.shape[0], int) else 1
+        channels = picture.shape[1 if card.input.layout == "NCHW" else 3]
+        color = self.card.input.color
+        if color is not None and isinstance(channels, int) and channels != self.card.input.channels:
+            raise OnnxcamError(f"color is {color}, but the model's input has {channels} channels")
+        self._count = size if isinstance(size, int) else len(self.card.labels or ()) or None
+        self._check_labels(self._count)
 
     def __call__(
         self,
         image: "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]",
-        classes: ClassRequest | Sequence[ClassRequest] = -1,
+        classes: ClassRequest | Iterable[ClassRequest] = -1,
     ) -> Explanation:
         """Explain one picture.
 
         Args:
             image: a file, a Pillow image, or an array uint8 [H,W,3] (RGB) or [H,W] (grey).
-            classes: one or several of: a class index; -1 for the best class, -2 for the second, and so
-                on; a label; ``topN`` for the N best.
+            classes: see `resolve`.
 
         Raises:
-            OnnxcamError: the picture cannot be read, a class does not exist, or a fact for preparing the
-                picture is missing.
+            OnnxcamError: the picture cannot be read, a class does not exist, or the model cannot be run.
         """
-        name = None
-        if isinstance(image, str | os.PathLike):
-            name = os.fspath(image)
-            picture = open_image(image)
-        else:
-            picture = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        wanted = self.resolve(classes)
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+        picture = _in_memory(image) if name is None else open_image(name)
         x, viewport = prepare(picture, self.card.input)
-        requests = [classes] if isinstance(classes, int | str) else list(classes)
-        wanted = [index for request in requests for index in self._indices(request)]
-        if not wanted:
-            raise OnnxcamError("no class to explain is given")
         scores, cam, heatmap = self._run(x.astype(self._dtype), np.array([wanted], np.int64))
-        flat = scores.reshape(-1).astype(np.float64)
+        flat = scores[0].reshape(-1).astype(np.float64)
         self._check_range(wanted, flat.size)
+        self._check_labels(flat.size)
         order = np.argsort(-flat, kind="stable")
         shown = flat if self.card.scores_are == "probabilities" else _softmax(flat)
+        if np.isnan(shown).any():
+            raise OnnxcamError(
+                f"{self.path} gives {name or 'the picture'} scores that are not finite; "
+                "check how the picture is prepared (scale, mean, std)"
+            )
         resolved = [int(order[-1 - c]) if c < 0 else c for c in wanted]
         once = [k for k, index in enumerate(resolved) if resolved.index(index) == k]
         return Explanation(
@@ -239,26 +252,43 @@ class Explainer:
         )
 
     def _run(self, x: NDArray[Any], classes: NDArray[np.int64]) -> list[NDArray[Any]]:
-        feeds = {self.card.input.name: x, "cam_class": classes}
+        feeds = {self.card.input.name: np.repeat(x, self._rows, axis=0), "cam_class": classes}
         try:
             result: list[NDArray[Any]] = self._session.run([self.card.scores, "cam", "cam_heatmap"], feeds)
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise OnnxcamError(f"onnxruntime cannot run {self.path}: {_first_line(error)}") from error
         return result
 
+    def resolve(self, classes: ClassRequest | Iterable[ClassRequest]) -> list[int]:
+        """Turn what a person asks for into class indices or ranks.
+
+        Args:
+            classes: one or several of: a class index; -1 for the best class, -2 for the second, and so
+                on; a label, in upper or lower case; ``topN`` for the N best.
+
+        Raises:
+            OnnxcamError: a class does not exist.
+        """
+        requests = classes if isinstance(classes, Iterable) and not isinstance(classes, str) else [classes]
+        wanted = [index for request in requests for index in self._indices(request)]
+        if not wanted:
+            raise OnnxcamError("no class to explain is given")
+        self._check_range(wanted, self._count)
+        return wanted
+
     def _indices(self, request: ClassRequest) -> list[int]:
-        """Turn what a person asks for into class indices or ranks (-1 for the best)."""
-        if isinstance(request, str):
-            count = request.lower().removeprefix("top")
-            if count != request.lower() and count.isdecimal() and int(count) > 0:
-                self._check_range([-int(count)], self._count)
-                return [-1 - rank for rank in range(int(count))]
-            return [self._labelled(request)]
-        self._check_range([int(request)], self._count)
-        return [int(request)]
+        if not isinstance(request, str):
+            try:
+                return [operator.index(request)]
+            except TypeError:
+                raise OnnxcamError(f"class {request!r} is neither an index nor a label") from None
+        top = re.fullmatch(r"top([1-9]\d{0,5})", request, re.IGNORECASE)
+        return [-1 - rank for rank in range(int(top[1]))] if top else [self._labelled(request.strip())]
 
     def _labelled(self, text: str) -> int:
         """Read `text` as an index if it is one that exists, otherwise as a label."""
+        if not text:
+            raise OnnxcamError("a class is empty; give an index, a label or top3")
         labels = self.card.labels or ()
         try:
             number = int(text)
@@ -266,7 +296,6 @@ class Explainer:
             pass
         else:
             if text not in labels or self._count is None or -self._count <= number < self._count:
-                self._check_range([number], self._count)
                 return number
         found = [i for i, label in enumerate(labels) if label.casefold() == text.casefold()]
         if len(found) == 1:
@@ -289,9 +318,29 @@ class Explainer:
                     f"(0 to {count - 1}, or -1 to -{count} by rank)"
                 )
 
+    def _check_labels(self, count: int | None) -> None:
+        if self.card.labels is not None and count not in (None, len(self.card.labels)):
+            raise OnnxcamError(f"there are {len(self.card.labels)} labels for {count} classes")
+
     def _prediction(self, index: int, shown: NDArray[np.float64]) -> Prediction:
         label = self.card.labels[index] if self.card.labels is not None else str(index)
         return Prediction(index, label, float(shown[index]))
+
+
+def _in_memory(image: Any) -> Image.Image:
+    """Take a Pillow image or an array as the upright RGB picture it stands for."""
+    try:
+        if isinstance(image, Image.Image):
+            return upright(image)
+        array = np.asarray(image)
+        if array.dtype == np.uint8 and array.size and (array.ndim == 2 or array.shape[2:] == (3,)):
+            return upright(Image.fromarray(array))
+    except OSError as error:  # a Pillow image reads its file only now
+        raise OnnxcamError(f"the picture cannot be read: {error}") from error
+    raise OnnxcamError(
+        f"a picture must be a file, a Pillow image or an array uint8 [H,W,3] or [H,W], "
+        f"not {array.dtype} {list(array.shape)}"
+    )
 
 
 def _provider(name: str) -> str:
@@ -301,12 +350,17 @@ def _provider(name: str) -> str:
         OnnxcamError: onnxruntime is not installed, or does not have the provider.
     """
     try:
-        import onnxruntime
-    except ImportError:
+        from onnxruntime import get_available_providers
+    except ModuleNotFoundError:
         raise OnnxcamError(
             "onnxruntime is not installed; install it with: pip install 'onnxcam[cpu]' (or 'onnxcam[gpu]')"
         ) from None
-    available = [short for short, long in PROVIDERS.items() if long in onnxruntime.get_available_providers()]
+    except ImportError as error:
+        raise OnnxcamError(
+            f"onnxruntime is installed but broken ({_first_line(error)}); "
+            "uninstall onnxruntime and onnxruntime-gpu, then install one of them"
+        ) from error
+    available = [short for short, long in PROVIDERS.items() if long in get_available_providers()]
     if name not in available:
         hint = "; for CUDA: pip uninstall onnxruntime && pip install 'onnxcam[gpu]'" if name == "cuda" else ""
         raise OnnxcamError(
@@ -319,8 +373,8 @@ def _session(model: "str | bytes", provider: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # The default of cam_class is meant to be overridden; onnxruntime warns of every such initializer.
-    options.log_severity_level = 3
+    # It would warn of cam_class, whose default is meant to be overridden, and say errors twice.
+    options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model, options, providers=[provider])
     if provider not in session.get_providers():
         raise OnnxcamError(
@@ -357,13 +411,14 @@ def _attached(path: Path, provider: str, options: Mapping[str, Any]) -> Any:
         return _session(os.fspath(explained), provider)
 
 
-def _replaced(preprocess: Preprocess, given: Mapping[str, Any]) -> Preprocess:
-    for name in ("height", "width"):
+def _replaced(preprocess: Preprocess, given: dict[str, Any]) -> Preprocess:
+    for name in ("height", "width", "layout"):
         known = getattr(preprocess, name)
         if known is not None and given.get(name, known) != known:
-            raise OnnxcamError(
-                f"{name} is given as {given[name]}, but the model's input is {known} pixels there"
-            )
+            raise OnnxcamError(f"{name} is given as {given[name]}, but the model's input has {known}")
+    for name in ("mean", "std"):
+        if name in given:
+            given[name] = tuple(float(value) for value in given[name])
     return dataclasses.replace(preprocess, **given)
 
 

@@ -1,6 +1,6 @@
 """From the classes that a user asks for to the gradients of their scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +10,18 @@ from onnxcam.backward import gradient, path
 from onnxcam.emit import Emitter
 from onnxcam.vjp import RULES, Rule
 from onnxcam.vjp.shapes import dims, is_constant
+
+ROWS = "cam_rows"
+"""Name of the leading dimension of a gradient that has a row for each image and class."""
+
+# Operators of linear heads that treat each row alone, as long as the rows stay in front. (The gradient of
+# Relu is one that reads the picture, except in the method CAM.)
+_ROW_BY_ROW = frozenset([
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Dropout",
+    "Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool", "Identity", "MatMul", "Mean", "Mul", "Neg",
+    "Pad", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Sub", "Sum",
+    "Transpose", "Unsqueeze",
+])  # fmt: skip
 
 
 def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, Value]:
@@ -48,7 +60,8 @@ def class_gradients(
     """Emit the gradient of the scores of K classes of each image with respect to `source`.
 
     Where the gradient depends on nothing but the class (a linear head), one walk with N*K rows gives
-    all of them. Elsewhere a Loop goes over the K classes, so that the N rows of each walk match the N
+    all of them. So that no rule writes the model's own batch size into the graph, the walk does not see
+    it. Elsewhere a Loop goes over the K classes, so that the N rows of each walk match the N
     rows of the forward values it reads and none of these is ever repeated.
 
     Args:
@@ -61,36 +74,48 @@ def class_gradients(
     Returns:
         [N,K,...], or None if `source` does not influence `scores`.
     """
-    seed = Value(name="seed", shape=scores.shape, type=scores.type)
-    first = len(op.nodes)
+    between = path(scores, source)
+    forward = [source, *(value for node in between for value in node.outputs)]
+    batch, first = dims(scores)[0], len(op.nodes)
+    _rename_rows(forward, batch, ROWS)
+    seed = Value(name=op.fresh("seed"), shape=scores.shape, type=scores.type)
     found = gradient(op, scores, seed, source, rules)
+    walk = op.nodes[first:]
+    alone = found is not None and _serves_any_rows(between, walk, found, seed)
+    _rename_rows(forward, ROWS, batch)
     if found is None:
         return None
-    walk = op.nodes[first:]
-    if _serves_any_rows(walk, found, seed, scores, source):
-        for node in walk:
-            for value in node.outputs:
-                value.shape = None
+    if alone:
         with op.before(walk[0]):
             seed.replace_all_uses_with(_one_hot(op, op.Reshape(index, [-1]), scores))
         return _split_rows(op, found, index, source)
+    _rename_rows((value for node in walk for value in node.outputs), ROWS, batch)
     return _loop(op, walk, found, seed, scores, index)
+
+
+def _rename_rows(values: Iterable[Value], old: int | str | None, new: int | str | None) -> None:
+    """Replace the leading dimension `old` of the shapes of `values`."""
+    for value in values:
+        if value.shape is not None and len(value.shape) and dims(value)[0] == old:
+            value.shape = ir.Shape([new, *dims(value)[1:]])
 
 
 def _one_hot(op: Emitter, index: Value, scores: Value) -> Value:
     assert scores.dtype is not None
-    return op.OneHot(index, op.Shape(scores, start=1, end=2), np.array([0, 1], scores.dtype.numpy()))
+    count = dims(scores)[1]
+    depth = np.int64(count) if isinstance(count, int) else op.Squeeze(op.Shape(scores, start=1, end=2), [0])
+    return op.OneHot(index, depth, np.array([0, 1], scores.dtype.numpy()))
 
 
-def _serves_any_rows(
-    walk: Sequence[ir.Node], found: Value, seed: Value, scores: Value, source: Value
-) -> bool:
+def _serves_any_rows(between: Sequence[ir.Node], walk: Sequence[ir.Node], found: Value, seed: Value) -> bool:
     """Whether the walk reads only the seed and constants, and keeps its rows apart along axis 0."""
-    batch = dims(scores)[0]
-    for node in path(scores, source):
-        if any(value.shape is None or not value.shape or dims(value)[0] != batch for value in node.outputs):
+    for node in between:
+        if node.op_type not in _ROW_BY_ROW or node.domain:
             return False
-        if node.op_type == "Transpose" and node.attributes["perm"].as_ints()[0] != 0:
+        if any(value.shape is None or not value.shape or dims(value)[0] != ROWS for value in node.outputs):
+            return False
+        perm = node.attributes.get("perm")
+        if node.op_type == "Transpose" and (perm is None or perm.as_ints()[0] != 0):
             return False
     own = {seed} | {value for node in walk for value in node.outputs}
     live = {found}

@@ -24,15 +24,25 @@ def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
         return None
     rows, weights = node.inputs[:2]
     one_hot = rows.producer() if rows is not None else None
-    if one_hot is None or one_hot.op_type != "OneHot" or weights is None or not is_constant(weights):
+    if one_hot is None or one_hot.op_type != "OneHot" or weights is None or len(dims(weights)) != 2:
         return None
+    index, _, values = one_hot.inputs
+    assert index is not None and values is not None
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    if len(dims(weights)) != 2 or len(node.inputs) > 2 or attributes.get("transA") or one_hot.attributes:
+    if len(node.inputs) > 2 or attributes.get("transA") or one_hot.attributes or len(dims(index)) != 1:
         return None
-    if attributes.get("transB"):
-        found = op.Transpose(op.Gather(weights, one_hot.inputs[0], axis=1), perm=[1, 0])
-    else:
-        found = op.Gather(weights, one_hot.inputs[0], axis=0)
+    transposed = bool(attributes.get("transB"))
+    turn = weights.producer()
+    if turn is not None and turn.op_type == "Transpose" and turn.inputs[0] is not None:
+        perm = turn.attributes.get("perm")
+        transposed ^= perm is None or list(perm.as_ints()) == [1, 0]
+        weights = turn.inputs[0]
+    lit = constant_array(values)
+    if not is_constant(weights) or lit is None or lit.tolist() != [0, 1]:
+        return None
+    found = op.Gather(weights, index, axis=int(transposed))
+    if transposed:
+        found = op.Transpose(found, perm=[1, 0])
     alpha = attributes.get("alpha", 1.0)
     return found if alpha == 1.0 else op.Mul(found, alpha)
 

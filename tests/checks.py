@@ -1,6 +1,7 @@
 """How the tests look at gradients: against torch or central differences, in float64, and in onnxruntime."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import op_conv_transpose
+from onnx.reference.ops import op_loop
 
 from onnxcam.backward import gradient
 from onnxcam.emit import Emitter
@@ -21,19 +22,75 @@ ONE_NODE = "node"
 
 
 class ConvTranspose(OpRun):
-    """onnx.reference's own ConvTranspose, group by group: in onnx 1.23 it slices grouped weights wrongly."""
+    """torch's, cut to the output's size; onnx.reference 1.23 is wrong about groups and output_shape."""
 
-    def _run(self, x, w, b=None, group=None, **attributes):
-        xs, ws = np.split(x, group, axis=1), np.split(w, group, axis=0)
-        bs = [None] * group if b is None else np.split(b, group)
-        plain = op_conv_transpose.ConvTranspose._run
-        parts = [plain(self, *part, group=1, **attributes)[0] for part in zip(xs, ws, bs, strict=True)]
-        return (np.concatenate(parts, axis=1),)
+    def _run(self, x, w, b=None, group=None, output_shape=None, auto_pad=None, **attributes):
+        n = x.ndim - 2
+        strides, extra = attributes["strides"] or [1] * n, attributes["output_padding"] or [0] * n
+        dilations, pads = attributes["dilations"] or [1] * n, attributes["pads"] or [0] * 2 * n
+        full = getattr(torch.nn.functional, f"conv_transpose{n}d")(
+            *map(torch.tensor, (x, w)), None, strides, 0, 0, group, dilations
+        ).numpy()
+        for axis, step in enumerate(strides):
+            begin = pads[axis]
+            length = full.shape[2 + axis] + extra[axis]
+            out = length - begin - pads[n + axis]
+            if output_shape or auto_pad.startswith("SAME"):
+                wanted = output_shape[axis] if output_shape else x.shape[2 + axis] * step
+                total = max(length - wanted, 0)
+                begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
+                out = wanted if output_shape else length - total
+            rest = [(0, 0)] * full.ndim
+            rest[2 + axis] = (0, max(begin + out - full.shape[2 + axis], 0))
+            full = np.pad(full, rest).take(range(begin, begin + out), axis=2 + axis)
+        return (full if b is None else full + b.reshape(-1, *[1] * n),)
+
+
+class Erf(OpRun):
+    """erf in the dtype of its input; onnx.reference computes it in float32."""
+
+    def _run(self, x):
+        return (np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype),)
+
+
+class Gelu(OpRun):
+    """Gelu by that erf; onnx.reference goes through the float32 one here too."""
+
+    def _run(self, x, approximate=None):
+        if approximate == "tanh":
+            t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        else:
+            t = np.vectorize(math.erf, otypes=[np.float64])(x * math.sqrt(0.5))
+        return ((0.5 * x * (1 + t)).astype(x.dtype),)
+
+
+class Loop(op_loop.Loop):
+    """Loop whose scan outputs are stacked along a new axis; onnx.reference joins them along the first one."""
+
+    def _run(self, trips, condition, *carried, **options):
+        assert not carried, "only scan outputs are covered"
+        context, body = options["context"], options["body"]
+        rows = []
+        for trip in range(trips):
+            step = dict(zip(body.input_names, (np.array(trip), condition), strict=True))
+            rows.append(self._run_body({**context, **step}, attributes=options["attributes"])[1:])
+        return tuple(np.stack(row) for row in zip(*rows, strict=True))
+
+
+class HardSwish(OpRun):
+    """x clip(x/6 + 1/2, 0, 1); onnx.reference goes through 1/6 in float32."""
+
+    def _run(self, x):
+        return ((x * np.clip(x / 6 + 0.5, 0, 1)).astype(x.dtype),)
+
+
+NEW_OPS: list[type[OpRun]] = [Loop, HardSwish, ConvTranspose, Erf, Gelu]
+"""What `reference` computes by our own classes; a test module of another domain's operators adds to it."""
 
 
 def reference(model: onnx.ModelProto) -> onnx.reference.ReferenceEvaluator:
     """Return ONNX's reference evaluator for `model`; it computes in the dtype of its inputs."""
-    return onnx.reference.ReferenceEvaluator(model, new_ops=[ConvTranspose])
+    return onnx.reference.ReferenceEvaluator(model, new_ops=NEW_OPS)
 
 
 def check_vjp(
@@ -50,6 +107,7 @@ def check_vjp(
     rtol: "float | None" = None,
     ort: bool = True,
     ort_rtol: float = 1e-4,
+    ort_opset: "int | None" = None,
     symbolic: bool = False,
     **attributes: object,
 ) -> None:
@@ -70,6 +128,7 @@ def check_vjp(
         rtol: allowed relative error, 1e-9 against torch and 1e-6 against differences by default.
         ort: whether onnxruntime can run the operator.
         ort_rtol: allowed relative error there.
+        ort_opset: of the float32 model, where onnxruntime does not know `opset`.
         symbolic: declare every dimension of every input as unknown until the run.
         attributes: of the node.
     """
@@ -79,11 +138,12 @@ def check_vjp(
     wrt = floats if wrt is None else list(wrt)
     arrays = [a if a is None or a.dtype.kind != "f" else a.astype(np.float64) for a in arrays]
 
-    def build(dtype: type, differentiate: bool) -> onnx.ModelProto:
+    def build(dtype: type, differentiate: bool, opset: int = opset) -> onnx.ModelProto:
         asked = wrt if differentiate else []
         return _one_node_model(
-            op_type, arrays, dtype, asked, constant, outputs, count, opset, domain, symbolic, attributes
-        )
+            op_type, arrays, dtype, asked, constant, outputs, count, opset, domain, symbolic, attributes,
+            [np.ndim(y) for y in ys] if differentiate else (),
+        )  # fmt: skip
 
     feeds = {f"x{i}": a for i, a in enumerate(arrays) if a is not None and i not in constant}
     forward = reference(build(np.float64, False))
@@ -99,7 +159,9 @@ def check_vjp(
     for i, got, want in zip(wrt, double, expected, strict=True):
         _assert_close(got, want, tolerance, f"{op_type} input {i}, float64")
     if ort:
-        session = onnxruntime.InferenceSession(build(np.float32, True).SerializeToString(), quiet())
+        session = onnxruntime.InferenceSession(
+            build(np.float32, True, ort_opset or opset).SerializeToString(), quiet()
+        )
         given = {i.name for i in session.get_inputs()}
         single = {
             k: v.astype(np.float32) if v.dtype.kind == "f" else v
@@ -108,6 +170,36 @@ def check_vjp(
         }
         for i, got, want in zip(wrt, session.run(names, single), expected, strict=True):
             _assert_close(got, want, ort_rtol, f"{op_type} input {i}, onnxruntime float32")
+
+
+def gradients_in(
+    dtype: type,
+    op_type: str,
+    inputs: Sequence[np.ndarray],
+    seed: np.ndarray,
+    opset: int = 20,
+    **attributes: object,
+) -> list[np.ndarray]:
+    """Return a rule's gradients of all inputs for a given `seed`, in `dtype` by ``onnx.reference``."""
+    model = _one_node_model(
+        op_type, inputs, dtype, range(len(inputs)), (), (0,), 1, opset, "", False, attributes
+    )
+    feeds = {f"x{i}": np.asarray(a).astype(dtype) for i, a in enumerate(inputs)}
+    names = [f"dx{i}" for i in range(len(inputs))]
+    return reference(model).run(names, {**feeds, "seed0": np.asarray(seed).astype(dtype)})
+
+
+def dtypes_of_gradients(
+    op_type: str, shapes: Sequence[tuple[int, ...]], dtype: str, opset: int, **attributes: object
+) -> set[str]:
+    """Return the dtypes of a rule's gradients where all inputs are of `dtype`; onnx checks the graph."""
+    inputs = [np.zeros(shape) for shape in shapes]
+    narrow = ir.DataType[dtype.upper()].numpy()
+    model = _one_node_model(
+        op_type, inputs, narrow, range(len(inputs)), (), (0,), 1, opset, "", False, attributes
+    )
+    found = [output for output in model.graph.output if output.name.startswith("dx")]
+    return {ir.DataType(output.type.tensor_type.elem_type).name.lower() for output in found}
 
 
 def quiet() -> onnxruntime.SessionOptions:
@@ -124,7 +216,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def _one_node_model(
-    op_type, arrays, dtype, wrt, constant, outputs, count, opset, domain, symbolic, attributes
+    op_type, arrays, dtype, wrt, constant, outputs, count, opset, domain, symbolic, attributes, ranks=()
 ):
     arrays = [a if a is None or a.dtype.kind != "f" else a.astype(dtype) for a in arrays]
     names = ["" if a is None else f"x{i}" for i, a in enumerate(arrays)]
@@ -152,15 +244,16 @@ def _one_node_model(
     model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
     if not wrt:
         return model
+    del model.graph.output[:]  # their types, which onnx would ask for, are known only to inference
     own = normalise(ir.from_proto(model))
     values = {v.name: v for n in own.graph for v in n.outputs} | {v.name: v for v in own.graph.inputs}
     op = Emitter(own.graph, opset, "test")
     totals: dict[str, ir.Value] = {}
-    for k in outputs:
+    for position, k in enumerate(outputs):
         y = values[f"y{k}"]
         seed = ir.Value(
             name=f"seed{k}",
-            shape=y.shape,
+            shape=ir.Shape([None] * ranks[position]) if y.shape is None else y.shape,
             type=ir.TensorType(y.dtype or ir.DataType.from_numpy(np.dtype(dtype))),
         )
         own.graph.inputs.append(seed)
@@ -175,8 +268,7 @@ def _one_node_model(
         result.shape = values["x" + name.removeprefix("dx")].shape
         own.graph.outputs.append(result)
     op.remove_dead([])
-    if not domain:
-        check(own)
+    check(own)
     return ir.to_proto(own)
 
 

@@ -12,9 +12,23 @@ read the output rather than the input where they can, so that a runtime may go o
 convolution with its activation. They see opset 18 or newer: older graphs are converted before.
 """
 
-from onnxcam.vjp import activation, conv, elementwise, index, linalg, norm, pool, reduce, shape
+from onnxcam.vjp import (
+    activation,
+    contrib,
+    conv,
+    elementwise,
+    index,
+    linalg,
+    norm,
+    pool,
+    quant,
+    recurrent,
+    reduce,
+    resize,
+    shape,
+)
 from onnxcam.vjp.registry import RULES, Rule, vjp
 
 __all__ = ["RULES", "Rule", "vjp"]
 
-del activation, conv, elementwise, index, linalg, norm, pool, reduce, shape
+del activation, contrib, conv, elementwise, index, linalg, norm, pool, quant, recurrent, reduce, resize, shape

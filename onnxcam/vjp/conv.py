@@ -9,7 +9,7 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import dims, is_constant, rank
+from onnxcam.vjp.shapes import constant_ints, dims, extent, is_constant, joined, rank, reshape_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +18,20 @@ class Window:
 
     Attributes:
         kernel, strides, dilations: in elements.
-        begin, end: padding before and after the input, in elements.
+        begin, end: padding before and after the input, in elements; an int64 value where it depends on
+            a size that is known only when the model runs.
     """
 
     kernel: list[int]
     strides: list[int]
     dilations: list[int]
-    begin: list[int]
-    end: list[int]
+    begin: "list[int] | Value"
+    end: "list[int] | Value"
 
     @classmethod
     def of(
         cls,
+        op: Emitter,
         x: Value,
         y: Value,
         kernel: Sequence[int],
@@ -38,32 +40,48 @@ class Window:
         pads: Sequence[int] | None,
         auto_pad: str,
     ) -> "Window":
-        """Build the window from an operator's attributes, with `auto_pad` worked out.
-
-        Raises:
-            OnnxcamError: `auto_pad` depends on a size that is known only when the model runs.
-        """
+        """Build the window from an operator's attributes, with `auto_pad` worked out."""
         n = len(kernel)
         steps, holes = list(strides or [1] * n), list(dilations or [1] * n)
-        begin, end = list((pads or [0] * 2 * n)[:n]), list((pads or [0] * 2 * n)[n:])
-        if auto_pad.startswith("SAME"):
-            for i, (size, out) in enumerate(zip(dims(x)[2:], dims(y)[2:], strict=True)):
-                extent = holes[i] * (kernel[i] - 1) + 1
-                if steps[i] == 1:
-                    total = extent - 1
-                elif isinstance(size, int) and isinstance(out, int):
-                    total = max((out - 1) * steps[i] + extent - size, 0)
-                else:
-                    raise OnnxcamError(
-                        f"auto_pad {auto_pad} with a stride needs a fixed image size (value {x.name!r})"
-                    )
-                begin[i] = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
-                end[i] = total - begin[i]
-        return cls(list(kernel), steps, holes, begin, end)
+        padding = list(pads or [0] * 2 * n)
+        window = cls(list(kernel), steps, holes, padding[:n], padding[n:])
+        if not auto_pad.startswith("SAME"):
+            return window
+        upper = auto_pad == "SAME_UPPER"
+        totals = list(map(_same_padding, dims(x)[2:], dims(y)[2:], steps, window.extents()))
+        if None not in totals:
+            less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]  # type: ignore[operator]
+            return dataclasses.replace(window, begin=less if upper else more, end=more if upper else less)
+        reach = op.Add(op.Mul(op.Sub(op.Shape(y, start=2), 1), steps), window.extents())
+        begin, end = _split(op, op.Sub(reach, op.Shape(x, start=2)), upper)
+        return dataclasses.replace(window, begin=begin, end=end)
 
     def extents(self) -> list[int]:
         """Elements of the input that one window spans."""
         return [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+
+
+def _same_padding(size: object, out: object, step: int, extent: int) -> int | None:
+    """The padding that auto_pad SAME adds along one axis, or None if that depends on the run."""
+    if step == 1:
+        return extent - 1
+    if isinstance(size, int) and isinstance(out, int):
+        return max((out - 1) * step + extent - size, 0)
+    return None
+
+
+def _split(op: Emitter, total: Value, upper: bool) -> tuple[Value, Value]:
+    """Divide padding into what comes before and after; `upper`: the odd element comes after."""
+    total = op.Max(total, 0)
+    less = op.Div(total, 2)
+    more = op.Sub(total, less)
+    return (less, more) if upper else (more, less)
+
+
+def _pad(op: Emitter, x: Value, begin: Value, end: Value) -> Value:
+    """Put zeros around the spatial axes."""
+    none = np.zeros(2, np.int64)
+    return op.Pad(x, op.Concat(none, begin, none, end, axis=0))
 
 
 def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window, group: int = 1) -> Value:
@@ -78,36 +96,53 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
         [N, C, *in], `in` being the spatial size of `x`.
     """
     sizes, outs = dims(x)[2:], dims(y)[2:]
+    n = len(sizes)
     common = {
         "kernel_shape": window.kernel,
         "strides": window.strides,
         "dilations": window.dilations,
         "group": group,
     }
-    if all(isinstance(d, int) for d in [*sizes, *outs]):
+    begin = window.begin
+    if isinstance(begin, list) and all(isinstance(d, int) for d in [*sizes, *outs]):
         reach = [
-            (out - 1) * step + extent - begin  # type: ignore[operator]
-            for out, step, extent, begin in zip(
-                outs, window.strides, window.extents(), window.begin, strict=True
-            )
+            (out - 1) * step + extent - first  # type: ignore[operator]
+            for out, step, extent, first in zip(outs, window.strides, window.extents(), begin, strict=True)
         ]
         surplus = [r - size for r, size in zip(reach, sizes, strict=True)]  # type: ignore[operator]
         return op.ConvTranspose(
             dy,
             w,
-            pads=window.begin + [max(s, 0) for s in surplus],
+            pads=begin + [max(s, 0) for s in surplus],
             output_padding=[max(-s, 0) for s in surplus],
             **common,
         )
+    fixed = isinstance(begin, list)
     widest = op.ConvTranspose(
         dy,
         w,
-        pads=window.begin + [0] * len(sizes),
+        pads=(begin if isinstance(begin, list) else [0] * n) + [0] * n,
         output_padding=[step - 1 for step in window.strides],
         **common,
     )
-    spatial = list(range(2, rank(x)))
-    return op.Slice(widest, [0] * len(spatial), op.Shape(x, start=2), spatial)
+    length = op.Shape(x, start=2)
+    spatial = list(range(2, 2 + n))
+    if fixed:
+        return op.Slice(widest, [0] * n, length, spatial)
+    return op.Slice(widest, begin, op.Add(begin, length), spatial)
+
+
+def _kernel_size(kernel_shape: list[int] | None, w: Value) -> list[int]:
+    kernel = kernel_shape or dims(w)[2:]
+    if not all(isinstance(k, int) for k in kernel):
+        raise OnnxcamError(f"the kernel size of the convolution with weights {w.name!r} is unknown")
+    return kernel  # type: ignore[return-value]
+
+
+def _bias(op: Emitter, dy: Value, b: Value | None) -> Value | None:
+    if b is None or is_constant(b):
+        return None
+    return op.ReduceSum(dy, [0, *range(2, rank(dy))], keepdims=0)
 
 
 @vjp("Conv")
@@ -126,33 +161,122 @@ def conv(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> tuple[Value, Value | None, Value | None]:
-    kernel = kernel_shape or dims(w)[2:]
-    if not all(isinstance(k, int) for k in kernel):
-        raise OnnxcamError(f"the kernel size of a Conv (weights {w.name!r}) is unknown")
-    window = Window.of(x, y, kernel, strides, dilations, pads, auto_pad)  # type: ignore[arg-type]
+    window = Window.of(op, x, y, _kernel_size(kernel_shape, w), strides, dilations, pads, auto_pad)
     dx = spread(op, dy, w, x, y, window, group)
     dw = None if is_constant(w) else _weights(op, dy, x, window, group)
-    db = None if b is None or is_constant(b) else op.ReduceSum(dy, [0, *range(2, rank(x))], keepdims=0)
-    return dx, dw, db
+    return dx, dw, _bias(op, dy, b)
 
 
 def _weights(op: Emitter, dy: Value, x: Value, window: Window, group: int) -> Value:
     """The gradient of the weights: the input correlated with `dy`, batch and channels exchanged."""
     n = rank(x) - 2
     spatial = list(range(2, 2 + n))
+    pads = [0] * 2 * n
+    if isinstance(window.begin, list) and isinstance(window.end, list):
+        pads = window.begin + window.end
+    elif isinstance(window.begin, Value) and isinstance(window.end, Value):
+        x = _pad(op, x, window.begin, window.end)
     # [N, C, *in] -> [C/group, group*N, *in]
-    size = op.Shape(x, start=2)
-    split = op.Reshape(x, op.Concat(np.array([0, group, -1]), size, axis=0))
+    size = [extent(op, x, axis) for axis in spatial]
+    split = op.Reshape(x, joined(op, [0, group, -1, *size]))
     moved = op.Transpose(split, perm=[2, 1, 0, *(s + 1 for s in spatial)])
-    image = op.Reshape(moved, op.Concat(np.array([0, -1]), size, axis=0))
+    image = op.Reshape(moved, joined(op, [0, -1, *size]))
     kernel = op.Transpose(dy, perm=[1, 0, *spatial])
-    found = op.Conv(
-        image,
-        kernel,
-        strides=window.dilations,
-        dilations=window.strides,
-        pads=window.begin + window.end,
-        group=group,
-    )
+    found = op.Conv(image, kernel, strides=window.dilations, dilations=window.strides, pads=pads, group=group)
     swapped = op.Transpose(found, perm=[1, 0, *spatial])
     return op.Slice(swapped, [0] * n, window.kernel, spatial)
+
+
+@vjp("ConvTranspose")
+def conv_transpose(
+    op: Emitter,
+    dy: Value,
+    y: Value,
+    x: Value,
+    w: Value,
+    b: Value | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: list[int] | None = None,
+    group: int = 1,
+    kernel_shape: list[int] | None = None,
+    output_padding: list[int] | None = None,
+    output_shape: list[int] | None = None,
+    pads: list[int] | None = None,
+    strides: list[int] | None = None,
+) -> tuple[Value, Value | None, Value | None]:
+    """The convolution of `dy`, padded to its full length stride (in - 1) + extent, with the same weights."""
+    kernel = _kernel_size(kernel_shape, w)
+    n = len(kernel)
+    zeros = [0] * n
+    extra = output_padding or zeros
+    window = Window(kernel, strides or [1] * n, dilations or [1] * n, zeros, zeros)
+    if output_shape:
+        # What the full length has more than the output asked for is cut off as padding.
+        full = op.Add(op.Mul(op.Sub(op.Shape(x, start=2), 1), window.strides), window.extents())
+        missing = op.Sub(full, output_shape)
+        begin, _ = _split(op, op.Add(missing, extra), auto_pad == "SAME_UPPER")
+        image = _pad(op, dy, begin, op.Max(op.Sub(missing, begin), 0))
+        padding = 2 * zeros
+        exact = False
+    else:
+        padding = pads or 2 * zeros
+        if auto_pad.startswith("SAME"):
+            # The output is stride times as long as the input, or longer if the windows leave gaps.
+            parts = zip(window.extents(), window.strides, extra, strict=True)
+            totals = [max(extent - step + e, 0) for extent, step, e in parts]
+            less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]
+            padding = less + more if auto_pad == "SAME_UPPER" else more + less
+        end = [c - e for c, e in zip(padding[n:], extra, strict=True)]
+        padding = padding[:n] + [max(e, 0) for e in end]
+        window = dataclasses.replace(window, begin=padding[:n], end=padding[n:])
+        image = dy
+        exact = all(-e < step for e, step in zip(end, window.strides, strict=True))
+    dx = op.Conv(
+        image,
+        w,
+        kernel_shape=kernel,
+        strides=window.strides,
+        dilations=window.dilations,
+        pads=padding,
+        group=group,
+    )
+    if not exact:
+        dx = op.Slice(dx, zeros, op.Shape(x, start=2), list(range(2, 2 + n)))
+    dw = None if is_constant(w) else _weights(op, x, image, window, group)
+    return dx, dw, _bias(op, dy, b)
+
+
+@vjp("Col2Im")
+def col2im(
+    op: Emitter,
+    dy: Value,
+    y: Value,
+    x: Value,
+    image_shape: Value,
+    block_shape: Value,
+    *,
+    dilations: list[int] | None = None,
+    pads: list[int] | None = None,
+    strides: list[int] | None = None,
+) -> Value:
+    """Cut the blocks out again, by a convolution with one kernel for each element of a block."""
+    block = constant_ints(block_shape, "the block shape of a Col2Im")
+    assert block is not None
+    n = len(block)
+    elements = int(np.prod(block))
+    kernel = np.eye(elements, dtype=x.dtype.numpy()).reshape(elements, 1, *block)  # type: ignore[union-attr]
+    blocks = op.Conv(
+        planes(op, dy, y),
+        kernel,
+        kernel_shape=block,
+        strides=strides or [1] * n,
+        dilations=dilations or [1] * n,
+        pads=pads or [0] * 2 * n,
+    )
+    return reshape_like(op, blocks, x)
+
+
+def planes(op: Emitter, dy: Value, y: Value) -> Value:
+    """View `dy` [N, C, *out], whose spatial size is that of `y`, as [N*C, 1, *out]."""
+    return op.Reshape(dy, joined(op, [-1, 1, *(extent(op, y, axis) for axis in range(2, rank(y)))]))

@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.vjp.conv import Window, spread
+from onnxcam.errors import OnnxcamError
+from onnxcam.vjp.conv import Window, planes, spread
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import count, dims, expand_like, rank, reshape_like, zeros_like
+from onnxcam.vjp.shapes import count, dims, expand_like, rank, reshape_like
 
 
 @vjp("GlobalAveragePool")
@@ -20,10 +22,32 @@ def global_average_pool(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
 @vjp("GlobalMaxPool")
 def global_max_pool(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
     """Of several maxima the first takes the gradient, as in torch."""
-    flat = op.Reshape(x, [0, 0, -1])
-    first = op.ArgMax(flat, axis=2, keepdims=0, select_last_index=0)
-    chosen = op.OneHot(first, op.Shape(flat, start=2), op.CastLike(np.array([0.0, 1.0], np.float32), x))
-    return reshape_like(op, op.Mul(chosen, op.Reshape(dy, [0, 0, 1])), x)
+    first = op.ArgMax(op.Reshape(x, [0, 0, -1]), axis=2, keepdims=1, select_last_index=0)
+    size = _plane_size(op, x)
+    places = op.Range(np.int64(0), size if isinstance(size, Value) else np.int64(size), np.int64(1))
+    return reshape_like(op, op.Where(op.Equal(places, first), op.Reshape(dy, [0, 0, 1]), 0.0), x)
+
+
+@vjp("GlobalLpPool")
+def global_lp_pool(op: Emitter, dy: Value, y: Value, x: Value, *, p: int = 2) -> Value:
+    return op.Mul(_power_slope(op, x, p), _over_power(op, dy, y, p))
+
+
+def _power_slope(op: Emitter, x: Value, p: int) -> Value:
+    """The derivative of |x|^p / p: sign(x) |x|^(p-1)."""
+    if p == 1:
+        return op.Sign(x)
+    if p == 2:
+        return x
+    return op.Mul(op.Sign(x), op.Pow(op.Abs(x), float(p - 1)))
+
+
+def _over_power(op: Emitter, dy: Value, y: Value, p: int) -> Value:
+    """Return dy / y^(p-1), the rest of the gradient of a norm `y`; 0 where the norm is 0."""
+    if p == 1:
+        return dy
+    zero = op.Equal(y, 0.0)
+    return op.Where(zero, 0.0, op.Div(dy, op.Pow(op.Where(zero, 1.0, y), float(p - 1))))
 
 
 @vjp("MaxPool")
@@ -40,32 +64,85 @@ def max_pool(
     pads: list[int] | None = None,
     storage_order: int = 0,
     strides: list[int] | None = None,
-) -> Value:
+) -> Value | None:
     """Of several maxima in a window the first takes the gradient, as in torch.
 
     The pooling is done again for its indices, so that the model's own MaxPool keeps its fast form.
     Runtimes number the indices over the batch, the sample or the plane; the remainder is the place
     in the plane for all of them.
     """
-    window = Window.of(x, ys[0], kernel_shape, strides, dilations, pads, auto_pad)
+    dy = dys[0]
+    if dy is None:
+        return None
+    if ceil_mode:
+        _check_ceiled(x, ys[0], kernel_shape, strides, pads, auto_pad)
     _, indices = op.MaxPool(
         x,
-        kernel_shape=window.kernel,
-        strides=window.strides,
-        dilations=window.dilations,
-        pads=window.begin + window.end,
+        auto_pad=auto_pad,
         ceil_mode=ceil_mode,
+        dilations=dilations,
+        kernel_shape=kernel_shape,
+        pads=pads,
+        strides=strides,
         outputs=2,
     )
+    place = op.Reshape(op.Mod(indices, _plane_size(op, x)), [0, 0, -1])
+    assert dy.dtype is not None
+    zero = ir.tensor(np.zeros(1, dy.dtype.numpy()))
+    empty = op.ConstantOfShape(op.Shape(op.Reshape(x, [0, 0, -1])), value=zero)
+    filled = op.ScatterElements(empty, place, op.Reshape(dy, [0, 0, -1]), axis=2, reduction="add")
+    return reshape_like(op, filled, x)
+
+
+def _check_ceiled(
+    x: Value,
+    y: Value,
+    kernel: list[int],
+    strides: list[int] | None,
+    pads: list[int] | None,
+    auto_pad: str,
+) -> None:
+    """Refuse a size of `y` that counts windows which begin in the padding after the picture.
+
+    onnx 1.23 infers such a size before opset 22; no runtime computes those windows.
+    """
+    if auto_pad != "NOTSET":
+        return
+    n = len(kernel)
+    begin = (pads or [0] * n)[:n]
+    for i, (size, out) in enumerate(zip(dims(x)[2:], dims(y)[2:], strict=True)):
+        step = strides[i] if strides else 1
+        if isinstance(size, int) and isinstance(out, int) and (out - 1) * step >= size + begin[i]:
+            raise OnnxcamError(
+                f"onnx infers a wrong size for the output {y.name!r} of a pooling with ceil_mode; "
+                "convert the model to opset 22, or leave the image size open"
+            )
+
+
+def _plane_size(op: Emitter, x: Value) -> int | Value:
+    """How many elements of `x` belong to one channel of one image."""
     sizes = dims(x)[2:]
     if all(isinstance(d, int) for d in sizes):
-        plane = math.prod(sizes)  # type: ignore[arg-type]
-    else:
-        plane = op.ReduceProd(op.Shape(x, start=2), keepdims=0)
-    place = op.Reshape(op.Mod(indices, plane), [0, 0, -1])
-    empty = zeros_like(op, op.Reshape(x, [0, 0, -1]))
-    filled = op.ScatterElements(empty, place, op.Reshape(dys[0], [0, 0, -1]), axis=2, reduction="add")
-    return reshape_like(op, filled, x)
+        return math.prod(sizes)  # type: ignore[arg-type]
+    return op.ReduceProd(op.Shape(x, start=2), keepdims=0)
+
+
+@vjp("MaxUnpool")
+def max_unpool(
+    op: Emitter,
+    dy: Value,
+    y: Value,
+    x: Value,
+    indices: Value,
+    output_shape: Value | None = None,
+    *,
+    kernel_shape: list[int],
+    pads: list[int] | None = None,
+    strides: list[int] | None = None,
+) -> Value:
+    """Take the elements back from where they went; see `max_pool` on indices."""
+    place = op.Reshape(op.Mod(indices, _plane_size(op, y)), [0, 0, -1])
+    return reshape_like(op, op.GatherElements(op.Reshape(dy, [0, 0, -1]), place, axis=2), x)
 
 
 @vjp("AveragePool")
@@ -83,17 +160,43 @@ def average_pool(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Value:
-    window = Window.of(x, y, kernel_shape, strides, dilations, pads, auto_pad)
-    plain = not ceil_mode and (count_include_pad or not any(window.begin + window.end))
+    if ceil_mode:
+        _check_ceiled(x, y, kernel_shape, strides, pads, auto_pad)
+    window = Window.of(op, x, y, kernel_shape, strides, dilations, pads, auto_pad)
+    padded = not isinstance(window.begin, list) or not isinstance(window.end, list)
+    padded = padded or any(window.begin + window.end)
+    plain = not ceil_mode and (count_include_pad or not padded)
     members = float(math.prod(kernel_shape)) if plain else _members(op, x, y, window, count_include_pad)
-    kernel = np.ones((1, 1, *kernel_shape), x.dtype.numpy())  # type: ignore[union-attr]
+    return _spread_planes(op, op.Div(dy, members), x, y, window)
+
+
+@vjp("LpPool")
+def lp_pool(
+    op: Emitter,
+    dy: Value,
+    y: Value,
+    x: Value,
+    *,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: list[int] | None = None,
+    kernel_shape: list[int],
+    p: int = 2,
+    pads: list[int] | None = None,
+    strides: list[int] | None = None,
+) -> Value:
+    if ceil_mode:
+        _check_ceiled(x, y, kernel_shape, strides, pads, auto_pad)
+    window = Window.of(op, x, y, kernel_shape, strides, dilations, pads, auto_pad)
+    share = _spread_planes(op, _over_power(op, dy, y, p), x, y, window)
+    return op.Mul(_power_slope(op, x, p), share)
+
+
+def _spread_planes(op: Emitter, dy: Value, x: Value, y: Value, window: Window) -> Value:
+    """Add up, for each element of `x`, the `dy` of the windows that cover it."""
+    kernel = op.constant(np.ones((1, 1, *window.kernel), x.dtype.numpy()))  # type: ignore[union-attr]
     # Channels are pooled alike, so they join the batch and one small kernel serves them all.
-    outs = dims(y)[2:]
-    if all(isinstance(d, int) for d in outs):
-        planes = op.Reshape(op.Div(dy, members), [-1, 1, *outs])  # type: ignore[list-item]
-    else:
-        planes = op.Reshape(op.Div(dy, members), op.Concat(np.array([-1, 1]), op.Shape(dy, start=2), axis=0))
-    return reshape_like(op, spread(op, planes, op.constant(kernel), x, y, window), x)
+    return reshape_like(op, spread(op, planes(op, dy, y), kernel, x, y, window), x)
 
 
 def _members(op: Emitter, x: Value, y: Value, window: Window, count_include_pad: int) -> Value:
@@ -102,20 +205,35 @@ def _members(op: Emitter, x: Value, y: Value, window: Window, count_include_pad:
     product: Value | None = None
     for i in range(n):
         length, out = dims(x)[2 + i], dims(y)[2 + i]
-        first, last = (-window.begin[i], window.end[i]) if count_include_pad else (0, 0)
-        taps = np.arange(window.kernel[i]) * window.dilations[i] - window.begin[i]
-        if isinstance(length, int) and isinstance(out, int):
-            places = np.arange(out)[:, None] * window.strides[i] + taps
+        begin, end = window.begin, window.end
+        taps = np.arange(window.kernel[i]) * window.dilations[i]
+        if (
+            isinstance(length, int)
+            and isinstance(out, int)
+            and isinstance(begin, list)
+            and isinstance(end, list)
+        ):
+            first, last = (-begin[i], end[i]) if count_include_pad else (0, 0)
+            places = np.arange(out)[:, None] * window.strides[i] + taps - begin[i]
             inside = ((places >= first) & (places < length + last)).sum(1)
             along = op.constant(inside.astype(x.dtype.numpy()))  # type: ignore[union-attr]
         else:
-            size = op.Squeeze(op.Shape(x, start=2 + i, end=3 + i), [0])
+            before, after = _entry(op, begin, i), _entry(op, end, i)
+            size = op.Add(op.Shape(x, start=2 + i, end=3 + i), after if count_include_pad else 0)
             outs = op.Squeeze(op.Shape(y, start=2 + i, end=3 + i), [0])
             starts = op.Mul(op.Range(np.int64(0), outs, np.int64(1)), window.strides[i])
-            places = op.Add(op.Unsqueeze(starts, [1]), taps)
-            within = op.And(op.GreaterOrEqual(places, first), op.Less(places, op.Add(size, last)))
+            places = op.Sub(op.Add(op.Unsqueeze(starts, [1]), taps), before)
+            lowest = op.Neg(before) if count_include_pad else 0
+            within = op.And(op.GreaterOrEqual(places, lowest), op.Less(places, size))
             along = op.ReduceSum(op.CastLike(within, x), [1], keepdims=0)
         shaped = op.Reshape(along, [-1] + [1] * (n - 1 - i))
         product = shaped if product is None else op.Mul(product, shaped)
     assert product is not None
     return product
+
+
+def _entry(op: Emitter, padding: "list[int] | Value", i: int) -> Value:
+    """Return entry `i` as an int64 value [1]."""
+    if isinstance(padding, list):
+        return op.constant(np.array([padding[i]], np.int64))
+    return op.Slice(padding, [i], [i + 1], [0])

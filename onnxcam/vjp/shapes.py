@@ -69,16 +69,67 @@ def zeros_like(op: Emitter, x: Value) -> Value:
     return op.ConstantOfShape(op.Shape(x), value=ir.tensor(np.zeros(1, x.dtype.numpy())))  # type: ignore[union-attr]
 
 
+def extent(op: Emitter, x: Value, axis: int) -> int | Value:
+    """Return the size of `x` along `axis` (not negative): a number, or an int64 vector of one.
+
+    That of the leading axis is never a number: a gradient may have more rows than the value it belongs to.
+    """
+    size = dims(x)[axis]
+    return size if axis > 0 and isinstance(size, int) else op.Shape(x, start=axis, end=axis + 1)
+
+
+def joined(op: Emitter, parts: Sequence[int | Value]) -> list[int] | Value:
+    """Join numbers and int64 vectors to one shape: a list if all of them are numbers."""
+    if all(isinstance(part, int) for part in parts):
+        return list(parts)  # type: ignore[arg-type]
+    vectors: list[Value | np.ndarray] = []
+    for part in parts:
+        if isinstance(part, Value):
+            vectors.append(part)
+        elif vectors and isinstance(vectors[-1], np.ndarray):
+            vectors[-1] = np.append(vectors[-1], part)
+        else:
+            vectors.append(np.array([part], np.int64))
+    if len(vectors) == 1:
+        return vectors[0]  # type: ignore[return-value]
+    return op.Concat(*vectors, axis=0)
+
+
+def zeros_along(op: Emitter, dy: Value, axis: int, length: int | Value) -> Value:
+    """Emit zeros of the dtype and shape of `dy`, but of size `length` along `axis` (not negative)."""
+    shape = joined(op, [length if i == axis else extent(op, dy, i) for i in range(rank(dy))])
+    return op.ConstantOfShape(shape, value=ir.tensor(np.zeros(1, dy.dtype.numpy())))  # type: ignore[union-attr]
+
+
+def positions(op: Emitter, x: Value, axis: int) -> Value:
+    """Emit 0, 1, 2, ... up to the size of `x` along `axis` (not negative)."""
+    size = extent(op, x, axis)
+    end = op.Squeeze(size, [0]) if isinstance(size, Value) else np.int64(size)
+    return op.Range(np.int64(0), end, np.int64(1))
+
+
+def add_at(op: Emitter, dy: Value, x: Value, places: Value, axis: int) -> Value:
+    """Add `dy` onto zeros, at the `places` [n] along `axis`.
+
+    Args:
+        dy: it has size n along `axis`.
+        x: the result has the size of `x` along `axis`, and that of `dy` along the other axes.
+        places: positions, negative ones counted from the end.
+        axis: not negative.
+    """
+    empty = zeros_along(op, dy, axis, extent(op, x, axis))
+    line = op.Reshape(places, [-1 if i == axis else 1 for i in range(rank(x))])
+    return op.ScatterElements(empty, op.Expand(line, op.Shape(dy)), dy, axis=axis, reduction="add")
+
+
 def reshape_like(op: Emitter, dy: Value, x: Value) -> Value:
     """Reshape `dy` to the shape of `x`."""
     sizes = dims(x)
-    known = [i for i, d in enumerate(sizes) if isinstance(d, int)]
     if 0 in sizes:
         return op.Reshape(dy, op.Shape(x), allowzero=1)
-    if len(known) >= len(sizes) - 1:
-        open_axis = next((i for i in range(len(sizes)) if i not in known), 0)
-        return op.Reshape(dy, [-1 if i == open_axis else d for i, d in enumerate(sizes)])
-    return op.Reshape(dy, op.Concat(np.array([-1]), op.Shape(x, start=1), axis=0))
+    if not sizes:
+        return op.Reshape(dy, [])
+    return op.Reshape(dy, joined(op, [-1, *(extent(op, x, axis) for axis in range(1, len(sizes)))]))
 
 
 def expand_like(op: Emitter, dy: Value, x: Value, axes: Sequence[int]) -> Value:
@@ -103,11 +154,13 @@ def unbroadcast(op: Emitter, dy: Value | None, x: Value, y: Value) -> Value | No
     """Sum `dy`, which has the shape of `y`, over the axes along which `x` was broadcast to `y`."""
     if dy is None:
         return None
+    if y.shape is None:
+        return unbroadcast_at_run_time(op, dy, x, None)
     wide, narrow = dims(y), dims(x)
     lead = len(wide) - len(narrow)
     pairs = list(zip(narrow, wide[lead:], strict=True))
     if any(_may_broadcast(n, w) for n, w in pairs):
-        return _unbroadcast_at_run_time(op, dy, x, lead)
+        return unbroadcast_at_run_time(op, dy, x, lead)
     inner = [lead + i for i, (n, w) in enumerate(pairs) if n == 1 and w != 1]
     if inner:
         dy = op.ReduceSum(dy, inner, keepdims=1)
@@ -121,9 +174,22 @@ def _may_broadcast(narrow: int | str | None, wide: int | str | None) -> bool:
     return narrow is None or narrow != wide
 
 
-def _unbroadcast_at_run_time(op: Emitter, dy: Value, x: Value, lead: int) -> Value:
+def unbroadcast_at_run_time(op: Emitter, dy: Value, x: Value, lead: int | None = 0) -> Value:
+    """Sum `dy` over the axes along which `x` turns out to have been broadcast.
+
+    Args:
+        op: where the nodes go.
+        dy: the gradient of the broadcast value.
+        x: the value that was broadcast.
+        lead: how many more axes `dy` has than `x`; None: only the run can tell.
+    """
     shape = op.Shape(x)
-    padded = op.Concat(np.ones(lead, np.int64), shape, axis=0) if lead else shape
+    padded = shape
+    if lead is None:
+        count = op.Sub(op.Shape(op.Shape(dy)), rank(x))
+        padded = op.Concat(op.ConstantOfShape(count, value=ir.tensor([1])), shape, axis=0)
+    elif lead:
+        padded = op.Concat(np.ones(lead, np.int64), shape, axis=0)
     repeated = op.And(op.Equal(padded, 1), op.Not(op.Equal(op.Shape(dy), 1)))
     axes = op.Squeeze(op.NonZero(repeated), [0])
     summed = op.ReduceSum(dy, axes, keepdims=1, noop_with_empty_axes=1)

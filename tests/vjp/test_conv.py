@@ -1,10 +1,14 @@
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
-from tests.checks import check_vjp
+from onnxcam.errors import OnnxcamError
+from tests.checks import check_vjp, quiet, reference
 
 RNG = np.random.default_rng(1)
+BOTH = pytest.mark.parametrize("symbolic", [False, True])
 
 
 def normal(*shape):
@@ -22,7 +26,7 @@ def normal(*shape):
         ((1, 2, 5, 6, 4), (2, 2, 2, 3, 2), {"strides": [2, 1, 3], "pads": [0, 1, 1, 0, 1, 1]}),
     ],
 )
-@pytest.mark.parametrize("symbolic", [False, True])
+@BOTH
 def test_conv(x, w, attributes, symbolic):
     n = len(x) - 2
     functional = {
@@ -52,11 +56,212 @@ def test_conv(x, w, attributes, symbolic):
     )
 
 
+@BOTH
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
-@pytest.mark.parametrize("strides", [[1, 1], [2, 3]])
-def test_conv_auto_pad(auto_pad, strides):
-    check_vjp("Conv", [normal(1, 2, 7, 8), normal(3, 2, 4, 3)], auto_pad=auto_pad, strides=strides)
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"strides": [1, 1]},
+        {"strides": [2, 3]},
+        {"strides": [2, 1], "dilations": [1, 2]},
+        {"strides": [2, 2], "dilations": [2, 1]},
+    ],
+)
+def test_conv_auto_pad(attributes, auto_pad, symbolic):
+    x, w = normal(1, 2, 7, 8), normal(3, 2, 4, 3)
+
+    def conv(x, w):
+        if auto_pad == "VALID":
+            return torch.nn.functional.conv2d(x, w, None, **options)
+        pads = []
+        for size, k, step, hole in zip((7, 8), (4, 3), options["stride"], options["dilation"], strict=True):
+            total = max((-(-size // step) - 1) * step + hole * (k - 1) + 1 - size, 0)
+            less = total // 2
+            pads = [less, total - less, *pads] if auto_pad == "SAME_UPPER" else [total - less, less, *pads]
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, pads), w, None, **options)
+
+    options = {"stride": attributes["strides"], "dilation": attributes.get("dilations", [1, 1])}
+    check_vjp(
+        "Conv",
+        [x, w],
+        against=conv,
+        symbolic=symbolic,
+        # onnxruntime takes no dilations with it.
+        ort="dilations" not in attributes or auto_pad == "VALID",
+        auto_pad=auto_pad,
+        kernel_shape=[4, 3],
+        **attributes,
+    )
 
 
-def test_conv_asymmetric_padding():
-    check_vjp("Conv", [normal(1, 2, 6, 7), normal(3, 2, 3, 3)], pads=[0, 2, 1, 0], strides=[2, 2])
+@BOTH
+def test_conv_asymmetric_padding(symbolic):
+    check_vjp(
+        "Conv",
+        [normal(1, 2, 6, 7), normal(3, 2, 3, 3)],
+        symbolic=symbolic,
+        kernel_shape=[3, 3],
+        pads=[0, 2, 1, 0],
+        strides=[2, 2],
+    )
+
+
+def test_conv_with_constant_weights_computes_no_gradient_of_them():
+    check_vjp("Conv", [normal(1, 2, 6, 7), normal(3, 2, 3, 3), normal(3)], constant=[1, 2])
+
+
+def test_conv_with_weights_of_unknown_size_is_refused():
+    with pytest.raises(OnnxcamError, match="kernel size"):
+        check_vjp("Conv", [normal(1, 2, 6, 7), normal(3, 2, 3, 3)], symbolic=True)
+
+
+def transposed(attributes):
+    n = len(attributes["kernel_shape"])
+    return lambda x, w, b: getattr(torch.nn.functional, f"conv_transpose{n}d")(
+        x,
+        w,
+        b,
+        attributes.get("strides", 1),
+        attributes.get("pads", [0] * n)[:n],
+        attributes.get("output_padding", 0),
+        attributes.get("group", 1),
+        attributes.get("dilations", 1),
+    )
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("x", "w", "attributes"),
+    [
+        ((2, 3, 4, 3), (3, 4, 3, 2), {}),
+        ((2, 3, 4, 3), (3, 4, 3, 2), {"strides": [2, 3], "pads": [1, 0, 1, 0]}),
+        ((2, 4, 3, 4), (4, 3, 3, 3), {"group": 2, "strides": [2, 2], "output_padding": [1, 0]}),
+        (
+            (1, 4, 3, 4),
+            (4, 1, 3, 3),
+            {"group": 4, "strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]},
+        ),
+        ((1, 2, 4, 3), (2, 3, 2, 3), {"dilations": [3, 2], "strides": [1, 2], "output_padding": [0, 1]}),
+        ((2, 3, 5), (3, 2, 4), {"strides": [3], "pads": [2, 2], "output_padding": [2]}),
+        ((1, 2, 2, 3, 2), (2, 2, 2, 3, 2), {"strides": [2, 1, 3], "pads": [0, 1, 1, 0, 1, 1]}),
+    ],
+)
+def test_conv_transpose(x, w, attributes, symbolic):
+    attributes = {"kernel_shape": w[2:], **attributes}
+    bias = normal(w[1] * attributes.get("group", 1))
+    check_vjp(
+        "ConvTranspose",
+        [normal(*x), normal(*w), bias],
+        against=transposed(attributes),
+        symbolic=symbolic,
+        **attributes,
+    )
+
+
+@BOTH
+def test_conv_transpose_with_output_padding_beyond_the_stride(symbolic):
+    attributes = {"kernel_shape": [2, 3], "dilations": [3, 2], "strides": [1, 2], "output_padding": [2, 1]}
+    inputs = [normal(1, 2, 4, 3), normal(2, 3, 2, 3), normal(3)]
+    # onnxruntime refuses it, torch does not.
+    check_vjp(
+        "ConvTranspose", inputs, against=transposed(attributes), symbolic=symbolic, ort=False, **attributes
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("w", [(2, 3, 3, 4), (2, 3, 1, 2), (2, 3, 4, 5)])
+def test_conv_transpose_auto_pad(w, auto_pad, symbolic):
+    attributes = {"auto_pad": auto_pad, "kernel_shape": w[2:], "strides": [2, 3]}
+    x = normal(1, 2, 4, 3)
+    check_vjp("ConvTranspose", [x, normal(*w)], symbolic=symbolic, **attributes)
+    assert_onnxruntime_computes_the_same("ConvTranspose", [x, normal(*w)], **attributes)
+
+
+@BOTH
+@pytest.mark.parametrize("auto_pad", ["NOTSET", "SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("output_padding", [[0, 0], [1, 0]])
+@pytest.mark.parametrize("output_shape", [[6, 9], [7, 8], [9, 10], [10, 11]])
+def test_conv_transpose_output_shape(output_shape, output_padding, auto_pad, symbolic):
+    attributes = {
+        "auto_pad": auto_pad,
+        "kernel_shape": [3, 4],
+        "strides": [2, 3],
+        "output_padding": output_padding,
+        "output_shape": output_shape,
+    }
+    x, w = normal(1, 2, 4, 3), normal(2, 3, 3, 4)
+    check_vjp("ConvTranspose", [x, w], symbolic=symbolic, **attributes)
+    assert_onnxruntime_computes_the_same("ConvTranspose", [x, w], **attributes)
+
+
+def test_conv_transpose_auto_pad_with_output_padding():
+    # With a known image size, onnx infers another output size than the standard and onnxruntime have.
+    attributes = {
+        "kernel_shape": [4, 4],
+        "strides": [2, 3],
+        "output_padding": [1, 1],
+        "auto_pad": "SAME_UPPER",
+    }
+    x, w = normal(1, 2, 4, 3), normal(2, 3, 4, 4)
+    check_vjp("ConvTranspose", [x, w], symbolic=True, **attributes)
+    assert_onnxruntime_computes_the_same("ConvTranspose", [x, w], **attributes)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("image", "block", "attributes"),
+    [
+        ((5, 6), (2, 3), {}),
+        ((5, 6), (2, 3), {"strides": [2, 1], "pads": [1, 0, 1, 0]}),
+        ((7, 6), (2, 2), {"dilations": [3, 2], "strides": [1, 2]}),
+        ((7, 6), (3, 2), {"dilations": [1, 2], "strides": [2, 2], "pads": [1, 2, 1, 2]}),
+    ],
+)
+def test_col2im(image, block, attributes, symbolic):
+    def fold(x, *_):
+        return torch.nn.functional.fold(
+            x,
+            image,
+            block,
+            attributes.get("dilations", 1),
+            attributes.get("pads", [0, 0])[:2],
+            attributes.get("strides", 1),
+        )
+
+    unfold = torch.nn.Unfold(
+        block,
+        attributes.get("dilations", 1),
+        attributes.get("pads", [0, 0])[:2],
+        attributes.get("strides", 1),
+    )
+    length = unfold(torch.zeros(1, 1, *image)).shape[-1]
+    check_vjp(
+        "Col2Im",
+        [normal(2, 3 * block[0] * block[1], length), np.array(image), np.array(block)],
+        against=fold,
+        constant=[2],
+        symbolic=symbolic,
+        **attributes,
+    )
+
+
+@BOTH
+def test_col2im_of_one_dimension_with_unequal_padding(symbolic):
+    inputs = [normal(2, 3 * 2, 3), np.array([6]), np.array([2])]
+    check_vjp("Col2Im", inputs, constant=[2], symbolic=symbolic, pads=[0, 1], strides=[2], ort=False)
+
+
+def assert_onnxruntime_computes_the_same(op_type, inputs, **attributes):
+    """What central differences differentiate is what onnxruntime computes."""
+    feeds = {f"x{i}": x.astype(np.float32) for i, x in enumerate(inputs)}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op_type, list(feeds), ["y"], **attributes)],
+        "graph",
+        [onnx.helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, x.shape) for k, x in feeds.items()],
+        [onnx.helper.make_empty_tensor_value_info("y")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    (got,) = onnxruntime.InferenceSession(model.SerializeToString(), quiet()).run(None, feeds)
+    (want,) = reference(model).run(None, feeds)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

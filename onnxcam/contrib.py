@@ -1,0 +1,71 @@
+"""What onnx's own tools must be told about the operators that onnxruntime's optimiser writes into files."""
+
+import functools
+
+import onnx
+
+DOMAIN = "com.microsoft"
+
+_IN_ONNX_DOMAIN = ("LayerNormalization", "SimplifiedLayerNormalization")
+"""Those that stand in ONNX's domain at any opset. ONNX itself has the first one, from opset 17 on."""
+
+
+def move_out(proto: onnx.ModelProto) -> None:
+    """Move operators that stand in ONNX's domain, but that it does not know, to onnxruntime's."""
+    opset = {entry.domain: entry.version for entry in proto.opset_import}
+    for node in proto.graph.node:
+        if node.domain == "" and node.op_type in _IN_ONNX_DOMAIN and not _in_onnx(node.op_type, opset[""]):
+            node.domain = DOMAIN
+            if DOMAIN not in opset:
+                opset[DOMAIN] = 1
+                proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def move_back(proto: onnx.ModelProto) -> None:
+    """Undo `move_out`."""
+    for node in proto.graph.node:
+        if node.domain == DOMAIN and node.op_type in _IN_ONNX_DOMAIN:
+            node.domain = ""
+
+
+def _in_onnx(op_type: str, opset: int) -> bool:
+    return bool(onnx.defs.has(op_type, max_inclusive_version=opset))
+
+
+def stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return standard operators whose outputs have the types and shapes of `node`'s, for shape inference.
+
+    A node that is no known operator of onnxruntime is returned as it is.
+    """
+    if node.domain != DOMAIN:
+        return [node]
+    make = functools.partial(onnx.helper.make_node, name=node.name)
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    match node.op_type:
+        case "Gelu" | "BiasGelu" | "FastGelu" | "QuickGelu" | "SimplifiedLayerNormalization":
+            return [make("Identity", node.input[:1], node.output[:1])]
+        case "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization":
+            alike = [name for i, name in enumerate(node.output) if name and i in (0, 3)]
+            return [make("Identity", node.input[:1], [name]) for name in alike]
+        case "FusedConv" | "FusedGemm":
+            plain = make(node.op_type.removeprefix("Fused"), node.input[:2], node.output)
+            plain.attribute.extend(a for a in node.attribute if not a.name.startswith("activation"))
+            return [plain]
+        case "FusedMatMul" | "TransposeMatMul":
+            operands, nodes = list(node.input), []
+            for i, which in enumerate("AB"):
+                equation = _order(attributes.get(f"trans{which}", 0), attributes.get(f"transBatch{which}", 0))
+                if equation is not None:
+                    moved = f"{node.output[0]}/{which}"
+                    nodes.append(make("Einsum", [operands[i]], [moved], equation=equation))
+                    operands[i] = moved
+            return [*nodes, make("MatMul", operands, node.output)]
+        case _:
+            return [node]
+
+
+def _order(transposed: int, batch_transposed: int) -> str | None:
+    """The Einsum that brings an operand of FusedMatMul into the order in which MatMul expects its axes."""
+    if not transposed and not batch_transposed:
+        return None
+    return ("i...j" if batch_transposed else "...ij") + "->" + ("...ji" if transposed else "...ij")

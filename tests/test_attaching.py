@@ -1,0 +1,645 @@
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx.inliner import inline_local_functions  # noqa: F401  (the checker registers its schemas)
+from PIL import Image
+
+from onnxcam.attaching import attach, heatmap, prepared
+from onnxcam.card import KEY, Card
+from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError
+from tests import graphs
+from tests.checks import quiet, reference, relative_error
+from tests.graphs import build, explained, picture, run
+from tests.test_models import MODELS, ONNX_FILES, for_lite0, for_orientation, for_squeezenet
+
+torch.set_num_threads(1)
+
+PHOTO = {
+    "efficientnet_lite0.onnx": lambda: for_lite0("cat_and_coffee.png"),
+    "pp_lcnet_orientation.onnx": lambda: for_orientation("page.png"),
+    "squeezenet1_1.onnx": lambda: for_squeezenet("cat_and_coffee.png"),
+}
+
+
+def torch_gradients(model, x, classes, layer, score="before"):
+    """Of RICH, row n*K+k the gradient of the k-th class of image n, by torch in float64."""
+    weights = {
+        name: array.astype(np.float64) if array.dtype.kind == "f" else array
+        for name, array in graphs.weights_of(model).items()
+    }
+    values = graphs.rich_in_torch(torch.tensor(x.astype(np.float64)).requires_grad_(), weights)
+    scores = values["scores"] if score == "before" else values["scores"].softmax(1)
+    rows = [
+        torch.autograd.grad(scores[n, k], values[layer], retain_graph=True)[0][n].numpy()
+        for n in range(len(x))
+        for k in classes[n]
+    ]
+    return values["scores"].detach().numpy(), np.stack(rows)
+
+
+# The contract: what stays, what is added
+
+
+@pytest.mark.parametrize("name", ONNX_FILES)
+@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
+def test_real_models_keep_inputs_outputs_and_values(name, method, tmp_path):
+    before = hashlib.sha256((MODELS / name).read_bytes()).hexdigest()
+    attach(MODELS / name, tmp_path / "out.onnx", method=method, emit=graphs.EVERYTHING)
+    assert hashlib.sha256((MODELS / name).read_bytes()).hexdigest() == before
+    plain, added = onnx.load(MODELS / name), onnx.load(tmp_path / "out.onnx")
+    assert list(added.graph.input)[: len(plain.graph.input)] == list(plain.graph.input)
+    assert list(added.graph.output)[: len(plain.graph.output)] == list(plain.graph.output)
+    x = PHOTO[name]()
+    feeds = {plain.graph.input[0].name: x}
+    wanted, got = run(plain, feeds), run(added, feeds)
+    for output, value in wanted.items():
+        assert relative_error(got[output], value) <= 1e-5
+    assert np.isfinite(got["cam"]).all()
+    assert got["cam_heatmap"].max() == 1
+    assert got["cam_heatmap"].min() == 0
+
+
+@pytest.mark.parametrize("name", ONNX_FILES)
+def test_real_models_pass_the_checker_and_declare_every_output(name, tmp_path):
+    attach(MODELS / name, tmp_path / "out.onnx", emit=graphs.EVERYTHING)
+    check_added(onnx.load(tmp_path / "out.onnx"), plain=onnx.load(MODELS / name))
+
+
+@pytest.mark.parametrize(
+    ("graph", "layer"),
+    [
+        (graphs.LINEAR, "r"),
+        (graphs.DEEP, "r"),
+        (graphs.DEEP, "x"),
+        (graphs.CONV_HEAD, "r"),
+        (graphs.CLASS_MAPS, "r"),
+        (graphs.FLAT_HEAD, "m"),
+    ],
+)
+@pytest.mark.parametrize("score", ["before", "after"])
+@pytest.mark.parametrize("opset", [18, 21])
+def test_small_models_pass_the_checker_and_declare_every_output(graph, layer, score, opset):
+    plain = build(graph, opset=opset)
+    added = explained(plain, layer=layer, score=score)
+    check_added(added, plain)
+    assert {i.version for i in added.opset_import} == {opset}
+
+
+def check_added(added, plain):
+    onnx.checker.check_model(added, full_check=True)
+    onnx.shape_inference.infer_shapes(added, check_type=True, strict_mode=True)
+    assert {i.domain for i in added.opset_import} == {""}
+    assert added.ir_version <= 10
+    old_values = {o for n in plain.graph.node for o in n.output}
+    old = [n for n in added.graph.node if set(n.output) & old_values]
+    new = [n for n in added.graph.node if not set(n.output) & old_values]
+    assert [n.op_type for n in old] == [n.op_type for n in plain.graph.node]
+    assert all(n.name.startswith("cam/") for n in every_node(new))
+    assert all(n.domain == "" for n in every_node(new))
+    assert len({n.name for n in every_node(new)}) == len(list(every_node(new)))
+    weights = {i.name for i in plain.graph.initializer}
+    constants = [i.name for i in added.graph.initializer if i.name not in weights]
+    assert all(name.startswith("cam/") or name == "cam_class" for name in constants)
+    read = {i for n in every_node(added.graph.node) for i in n.input}
+    assert read >= set(constants), "constants that nothing reads"
+    outputs = {o.name for o in added.graph.output} | {
+        o for b in bodies(new) for o in (v.name for v in b.output)
+    }
+    assert all(set(n.output) & (read | outputs) for n in every_node(new)), "nodes that nothing reads"
+    shapes = {
+        o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim] for o in added.graph.output
+    }
+    batch = shapes["cam"][0]
+    assert batch == [d.dim_param or d.dim_value for d in added.graph.input[0].type.tensor_type.shape.dim][0]
+    c, h, w = shapes["cam_activations"][1:]
+    height, width = shapes["cam_heatmap"][2:]
+    assert all(isinstance(d, int) and d > 0 for d in (c, h, w, height, width))
+    assert shapes["cam"] == [batch, "cam_classes", h, w]
+    assert shapes["cam_heatmap"] == [batch, "cam_classes", height, width]
+    assert shapes["cam_activations"] == [batch, c, h, w]
+    assert shapes["cam_gradients"] == ["cam_rows", c, h, w]
+    types = {o.name: o.type.tensor_type.elem_type for o in added.graph.output}
+    assert types["cam"] == types["cam_heatmap"] == onnx.TensorProto.FLOAT
+
+
+def bodies(nodes):
+    return [a.g for n in nodes for a in n.attribute if a.HasField("g")]
+
+
+def every_node(nodes):
+    for node in nodes:
+        yield node
+        for body in bodies([node]):
+            yield from every_node(body.node)
+
+
+@pytest.mark.parametrize("emit", [(kind,) for kind in graphs.EVERYTHING] + [("heatmap", "cam")])
+@pytest.mark.parametrize(("graph", "layer"), [(graphs.LINEAR, "r"), (graphs.DEEP, "r")])
+def test_only_what_is_asked_for_is_emitted(emit, graph, layer):
+    model = build(graph)
+    full = run(explained(model, layer=layer), picture(2))
+    added = explained(model, layer=layer, emit=emit)
+    names = [{"cam": "cam"}.get(kind, f"cam_{kind}") for kind in graphs.EVERYTHING if kind in emit]
+    assert [o.name for o in added.graph.output] == ["scores", *names]
+    got = run(added, picture(2))
+    for name in got:
+        np.testing.assert_array_equal(got[name], full[name])
+    read = {i for n in every_node(added.graph.node) for i in n.input}
+    assert {i.name for i in added.graph.initializer} <= read | {"cam_class"}
+    if emit == ("activations",):
+        assert [n.op_type for n in added.graph.node][len(model.graph.node) :] == ["Identity"]
+
+
+def test_models_in_memory_stay_as_they_are():
+    proto = build(graphs.DEEP)
+    data = proto.SerializeToString()
+    attach(proto, layer="r")
+    assert proto.SerializeToString() == data
+    model = ir.from_proto(proto)
+    data = ir.to_proto(model).SerializeToString()
+    attach(model, layer="r")
+    assert ir.to_proto(model).SerializeToString() == data
+
+
+def test_a_file_and_the_model_in_memory_give_the_same(tmp_path):
+    proto = build(graphs.DEEP)
+    onnx.save(proto, tmp_path / "m.onnx")
+    attach(tmp_path / "m.onnx", tmp_path / "o.onnx", layer="r")
+    assert onnx.load(tmp_path / "o.onnx") == ir.to_proto(attach(proto, layer="r"))
+
+
+def test_card():
+    model = attach(build(graphs.LINEAR), labels="abcde", height=8, width=10, mean=[1], std=[2], color="BGR")
+    card = json.loads(model.metadata_props[KEY])
+    assert card["layer"] == "r"
+    assert (card["scores"], card["scores_are"], card["score"]) == ("scores", "logits", "before")
+    assert card["labels"] == list("abcde")
+    assert card["input"] == {
+        "name": "x", "layout": "NCHW", "height": 8, "width": 10, "color": "BGR", "mean": [1.0], "std": [2.0],
+        "interpolation": "bilinear",
+    }  # fmt: skip
+    assert Card.from_metadata(model.metadata_props).method == "gradcam"
+
+
+# cam_class
+
+
+def single_runs(model, x, classes, by="ort"):
+    rows = [
+        [run(model, {"x": x[n : n + 1], "cam_class": np.array([[k]])}, by=by) for k in classes[n]]
+        for n in range(len(x))
+    ]
+    return {
+        "cam": np.stack([[r["cam"][0, 0] for r in row] for row in rows]),
+        "cam_heatmap": np.stack([[r["cam_heatmap"][0, 0] for r in row] for row in rows]),
+        "cam_gradients": np.concatenate([r["cam_gradients"] for row in rows for r in row]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("graph", "layer", "loops"),
+    [
+        (graphs.LINEAR, "r", False),
+        (graphs.DEEP, "s", False),
+        (graphs.DEEP, "r", True),
+        (graphs.DEEP, "x", True),
+        (graphs.CONV_HEAD, "r", False),
+        (graphs.CLASS_MAPS, "r", True),
+        (graphs.FLAT_HEAD, "m", True),
+        (graphs.FLAT_HEAD, "c", True),
+    ],
+)
+@pytest.mark.parametrize("score", ["before", "after"])
+@pytest.mark.parametrize(("by", "dtype", "tolerance"), [("ort", "float", 1e-6), ("ref", "double", 1e-9)])
+def test_six_maps_in_one_run_equal_six_runs(graph, layer, loops, score, by, dtype, tolerance):
+    model = explained(build(graph, dtype=dtype), layer=layer, score=score)
+    assert any(n.op_type == "Loop" for n in model.graph.node) == (loops or score == "after")
+    x, classes = picture(3), np.array([[0, 4], [2, 2], [-1, 3]])
+    x = x.astype(np.float64 if dtype == "double" else np.float32)
+    together = run(model, {"x": x, "cam_class": classes}, by=by)
+    assert together["cam_gradients"].shape[0] == 6
+    for name, alone in single_runs(model, x, classes, by).items():
+        assert together[name].shape == alone.shape
+        assert relative_error(together[name], alone) <= tolerance, name
+    one = run(model, {"x": x, "cam_class": classes[:1]}, by=by)
+    for name, alone in single_runs(model, x, classes[[0, 0, 0]], by).items():
+        assert relative_error(one[name], alone) <= tolerance, name
+
+
+@pytest.mark.parametrize("graph", [graphs.LINEAR, graphs.DEEP, graphs.CONV_HEAD, graphs.FLAT_HEAD])
+@pytest.mark.parametrize("layer", ["r", "x"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_serves_several_classes(graph, layer, batch):
+    model = explained(build(graph.replace("[N,", f"[{batch},")), layer=layer)
+    free = explained(build(graph), layer=layer)
+    x, classes = picture(batch), np.array([[0, 4, -2]] * batch)
+    fixed, wanted = (run(m, {"x": x, "cam_class": classes}) for m in (model, free))
+    for name, value in wanted.items():
+        assert fixed[name].shape == value.shape
+        assert relative_error(fixed[name], value) <= 1e-6, name
+    declared = {o.name: o.type.tensor_type.shape.dim for o in model.graph.output}
+    assert declared["cam"][0].dim_value == declared["cam_activations"][0].dim_value == batch
+
+
+BIAS_ONLY = "(T[N,2,3,3] x) => (T[N,6] scores) <T[2,6] fc, T[6] bias> {p = GlobalAveragePool(x) f = Flatten(p) m = MatMul(f, fc) scores = Add(m, bias)}"
+
+
+@pytest.mark.parametrize("by", ["ort", "ref"])
+def test_ranks_of_each_image_and_ties(by):
+    """Image 0 ranks by the bias (ties: lower index first), image 1 by its own scores."""
+    fc = np.zeros((2, 6))
+    fc[0] = [0, 1, 2, 3, 4, 5]
+    model = explained(build(BIAS_ONLY, fc=fc, bias=[1, 3, 3, 0, 3, 2]), layer="x")
+    x = np.zeros((2, 2, 3, 3), np.float32)
+    x[1, 0] = 10
+    ranks = np.array([[-1, -2, -3, -4, -5, -6]])
+    got = run(model, {"x": x, "cam_class": ranks}, by=by)["cam_gradients"][:, 0, 0, 0].reshape(2, 6) * 9
+    np.testing.assert_allclose(got, [[1, 2, 4, 5, 0, 3], [5, 4, 3, 2, 1, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["ort", "ref"])
+@pytest.mark.parametrize(("graph", "layer"), [(graphs.LINEAR, "r"), (graphs.DEEP, "r")])
+@pytest.mark.parametrize("wrong", [5, 6, 2**40, 2**63 - 1, -6, -7, -(2**40), -(2**63)])
+def test_a_class_that_does_not_exist_is_nan_and_zero(graph, layer, by, wrong):
+    model = explained(build(graph), layer=layer)
+    x = picture(2)
+    got = run(model, {"x": x, "cam_class": np.array([[1, wrong], [-5, 4]])}, by=by)
+    right = run(model, {"x": x, "cam_class": np.array([[1, 0], [-5, 4]])}, by=by)
+    assert np.isnan(got["cam"][0, 1]).all()
+    assert np.isnan(got["cam_gradients"][1]).all()
+    assert not got["cam_heatmap"][0, 1].any()
+    for n, k in ((0, 0), (1, 0), (1, 1)):
+        np.testing.assert_array_equal(got["cam"][n, k], right["cam"][n, k])
+        np.testing.assert_array_equal(got["cam_heatmap"][n, k], right["cam_heatmap"][n, k])
+        np.testing.assert_array_equal(got["cam_gradients"][2 * n + k], right["cam_gradients"][2 * n + k])
+
+
+@pytest.mark.parametrize(("graph", "layer"), [(graphs.LINEAR, "r"), (graphs.DEEP, "r")])
+@pytest.mark.parametrize(
+    ("images", "shape"), [(2, (3, 1)), (1, (3, 1)), (3, (2, 2)), (2, (1, 0)), (1, (0, 1))]
+)
+def test_classes_for_another_number_of_images_are_refused_by_the_runtime(graph, layer, images, shape):
+    model = explained(build(graph), layer=layer)
+    with pytest.raises(Exception, match="Expand|GatherElements|TopK|Reduce"):
+        run(model, {"x": picture(images), "cam_class": np.zeros(shape, np.int64)})
+
+
+def test_the_default_is_the_best_class_and_the_input_can_be_required():
+    model = build(graphs.DEEP)
+    optional, required = explained(model), explained(model, class_input="required")
+    x = picture(2)
+    best = np.array([[-1]])
+    wanted = run(optional, {"x": x, "cam_class": best})
+    for by in ("ort", "ref"):
+        for name, value in run(optional, {"x": x}, by=by).items():
+            assert relative_error(value, wanted[name]) <= 1e-5
+    for name, value in run(required, {"x": x, "cam_class": best}).items():
+        np.testing.assert_array_equal(value, wanted[name])
+    assert [i.name for i in required.graph.input] == ["x", "cam_class"]
+    assert "cam_class" not in {i.name for i in required.graph.initializer}
+    with pytest.raises(ValueError, match="cam_class"):
+        run(required, {"x": x})
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("layer", ["x", "r1", "m1", "h2", "cat", "a", "se", "res"])
+@pytest.mark.parametrize("score", ["before", "after"])
+def test_gradients_equal_torchs(layer, score):
+    x, classes = picture(2, 3, 13, 14), np.array([[0, 3, 1], [4, 2, 2]])
+    for dtype, by, tolerance in (("double", "ref", 1e-9), ("float", "ort", 1e-4)):
+        model = build(graphs.RICH, dtype=dtype, **graphs.RICH_WEIGHTS)
+        added = explained(model, layer=layer, score=score)
+        given = x.astype({"double": np.float64, "float": np.float32}[dtype])
+        got = run(added, {"x": given, "cam_class": classes}, by=by)
+        scores, gradients = torch_gradients(model, given, classes, layer, score)
+        assert relative_error(got["scores"], scores) <= tolerance
+        assert got["cam_gradients"].dtype == given.dtype
+        assert relative_error(got["cam_gradients"], gradients) <= tolerance
+        assert got["cam"].dtype == np.float32
+
+
+@pytest.mark.parametrize("layer", ["r1", "cat", "a", "res"])
+def test_half_precision(layer):
+    x, classes = picture(2, 3, 13, 14, dtype=np.float16), np.array([[0, 3], [4, 2]])
+    model = build(graphs.RICH, dtype="float16", **graphs.RICH_WEIGHTS)
+    got = run(explained(model, layer=layer), {"x": x, "cam_class": classes})
+    _, gradients = torch_gradients(model, x, classes, layer)
+    assert got["cam_gradients"].dtype == got["cam_activations"].dtype == np.float16
+    assert got["cam"].dtype == got["cam_heatmap"].dtype == np.float32
+    assert relative_error(got["cam_gradients"], gradients) <= 5e-3
+
+
+def test_double_precision_in_onnxruntime():
+    x, classes = picture(2, 3, 13, 14, dtype=np.float64), np.array([[0, 3], [4, 2]])
+    model = build(graphs.DEEP.replace("8,10", "13,14"), dtype="double")
+    got = run(explained(model, layer="r"), {"x": x, "cam_class": classes})
+    wanted = run(explained(model, layer="r"), {"x": x, "cam_class": classes}, by="ref")
+    assert relative_error(got["cam_gradients"], wanted["cam_gradients"]) <= 1e-12
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "gradcam++"])
+def test_maps_are_the_methods_of_activations_and_gradients(method):
+    """The formulas once more, on what the same file emits."""
+    x, classes = picture(3), np.array([[0, 4], [2, 2], [-1, 3]])
+    got = run(explained(build(graphs.DEEP), layer="r", method=method), {"x": x, "cam_class": classes})
+    a = got["cam_activations"].astype(np.float64)[:, None]
+    g = got["cam_gradients"].astype(np.float64).reshape(3, 2, *a.shape[2:])
+    if method == "hirescam":
+        weighted = g * a
+    elif method == "gradcam":
+        weighted = g.mean((3, 4), keepdims=True) * a
+    else:
+        alpha = 1 / (2 + a.sum((3, 4), keepdims=True) * g)
+        weighted = (alpha * np.maximum(g, 0)).sum((3, 4), keepdims=True) * a
+    assert relative_error(got["cam"], np.maximum(weighted.sum(2), 0)) <= 1e-5
+
+
+# The heat map
+
+
+def scaled(values):
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low)
+
+
+def heat(cam, size, *, nhwc=False, symbolic=False, by="ort"):
+    shape = [1, *size, 3] if nhwc else [1, 3, *size]
+    declared = ["n", "h", "w", 3] if nhwc else ["n", 3, "h", "w"]
+    given = [
+        ir.Value(name="cam", shape=ir.Shape(["N", "K", "a", "b"]), type=ir.TensorType(ir.DataType.FLOAT)),
+        ir.Value(
+            name="x", shape=ir.Shape(declared if symbolic else shape), type=ir.TensorType(ir.DataType.FLOAT)
+        ),
+    ]
+    graph = ir.Graph(given, [], nodes=[], name="heat", opset_imports={"": 18})
+    op = Emitter(graph, 18, "test")
+    graph.outputs.append(op.Identity(heatmap(op, *given, rows=1 if nhwc else 2)))
+    model = ir.to_proto(ir.Model(graph, ir_version=10))
+    feeds = {"cam": np.asarray(cam, np.float32), "x": np.zeros(shape, np.float32)}
+    if by == "ref":
+        return reference(model).run(None, feeds)[0]
+    return onnxruntime.InferenceSession(model.SerializeToString(), quiet()).run(None, feeds)[0]
+
+
+@pytest.mark.parametrize(
+    ("plane", "size"), [((7, 7), (224, 224)), ((3, 5), (17, 11)), ((4, 6), (4, 6)), ((9, 8), (5, 3))]
+)
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_heatmap_is_bilinear_with_half_pixel_centres(plane, size, nhwc, symbolic):
+    cam = np.random.default_rng(0).standard_normal((2, 3, *plane)).astype(np.float32)
+    full = torch.nn.functional.interpolate(torch.tensor(cam), size=size, mode="bilinear", align_corners=False)
+    got = heat(cam, size, nhwc=nhwc, symbolic=symbolic)
+    wanted = np.stack([[scaled(m) for m in row] for row in full.numpy()])
+    assert got.shape == (2, 3, *size)
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+def test_heatmap_equals_pillows():
+    cam = np.random.default_rng(1).standard_normal((1, 1, 7, 5)).astype(np.float32)
+    pillow = Image.fromarray(cam[0, 0]).resize((60, 91), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(heat(cam, (91, 60))[0, 0], scaled(np.asarray(pillow)), atol=2e-5)
+
+
+NAN, INF, HUGE = float("nan"), float("inf"), 3e38
+MAPS = {
+    "plain": ([[0, 1], [2, 4]], None),
+    "negative": ([[-4, -2], [-1, 0]], None),
+    "tiny": ([[0, 1e-44], [2e-44, 4e-44]], None),
+    "large": ([[0, 1e38], [-1e38, 1.5e38]], None),
+    "zero": ([[0, 0], [0, 0]], 0),
+    "flat": ([[0.1, 0.1], [0.1, 0.1]], 0),
+    "flat, negative": ([[-7.3, -7.3], [-7.3, -7.3]], 0),
+    "nan": ([[0, 1], [NAN, 4]], 0),
+    "nan first": ([[NAN, 1], [2, 4]], 0),
+    "all nan": ([[NAN, NAN], [NAN, NAN]], 0),
+    "inf": ([[0, 1], [INF, 4]], 0),
+    "-inf": ([[0, 1], [-INF, 4]], 0),
+    "all inf": ([[INF, INF], [INF, INF]], 0),
+    "inf and nan": ([[INF, NAN], [-INF, 0]], 0),
+    "beyond the span": ([[-HUGE, HUGE], [0, 0]], 0),
+}
+
+
+@pytest.mark.parametrize("by", ["ort", "ref"])
+def test_heatmap_is_between_0_and_1_or_zero_whatever_the_map(by):
+    """All at once: no map has an effect on another."""
+    got = heat([[values] for values, _ in MAPS.values()], (5, 7), by=by)
+    for (name, (values, expected)), found in zip(MAPS.items(), got[:, 0], strict=True):
+        if expected is None:
+            assert (found.min(), found.max()) == (0, 1), name
+            corners = found[[0, 0, -1, -1], [0, -1, 0, -1]]
+            np.testing.assert_allclose(
+                corners, scaled(np.array(values, np.float64)).ravel(), atol=1e-6, err_msg=name
+            )
+        else:
+            assert not found.any(), name
+
+
+@pytest.mark.parametrize("value", np.random.default_rng(0).standard_normal(20))
+def test_heatmap_of_a_flat_map_is_zero_at_any_size(value):
+    assert not heat(np.full((1, 1, 7, 6), value), (31, 45)).any()
+
+
+def test_one_file_explains_pictures_of_any_size():
+    free = graphs.DEEP.replace("8,10", "H,W")
+    model = explained(build(free), layer="r")
+    for size in ((8, 10), (13, 7)):
+        fixed = explained(build(graphs.DEEP.replace("8,10", "{},{}".format(*size))), layer="r")
+        feeds = {"x": picture(2, 3, *size), "cam_class": np.array([[0, 3]])}
+        got, wanted = run(model, feeds), run(fixed, feeds)
+        assert got["cam_heatmap"].shape == (2, 2, *size)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(got[name], value, atol=1e-5)
+
+
+NHWC = (
+    graphs.DEEP.replace("(T[N,3,8,10] x)", "(T[N,8,10,3] x)")
+    .replace("{\n", "{\n    t = Transpose<perm=[0,3,1,2]>(x)\n", 1)
+    .replace("(x, w)", "(t, w)")
+)
+
+
+def test_channels_last():
+    nchw, nhwc = explained(build(graphs.DEEP), layer="r"), explained(build(NHWC), layer="r")
+    assert json.loads(nhwc.metadata_props[0].value)["input"]["layout"] == "NHWC"
+    x = picture(2)
+    wanted, got = run(nchw, x), run(nhwc, np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-6)
+
+
+def test_a_layout_that_only_the_caller_knows_counts_for_the_heatmap_too():
+    """Nothing in [N,H,W,C] tells which axis holds the channels."""
+    model = NHWC.replace("T[N,8,10,3] x", "T[N,H,W,C] x")
+    got = run(explained(build(model), layer="r", layout="NHWC"), picture(1, 8, 10, 3))
+    assert got["cam_heatmap"].shape == (1, 1, 8, 10)
+
+
+# The score before and after the softmax
+
+LOGITS = graphs.DEEP.replace("scores = MatMul", "logits = MatMul")
+ENDS = {
+    "none": ("scores = Identity(logits)", "logits"),
+    "softmax": ("scores = Softmax<axis=1>(logits)", "probabilities"),
+    "last axis": ("scores = Softmax(logits)", "probabilities"),
+    "log": ("scores = LogSoftmax(logits)", "logits"),
+    "sigmoid": ("scores = Sigmoid(logits)", "probabilities"),
+    "identity": ("q = Softmax<axis=1>(logits) i = Identity(q) scores = Identity(i)", "probabilities"),
+    "reshape": (
+        "u = Unsqueeze(logits, two) q = Softmax<axis=1>(u) scores = Squeeze(q, two)",
+        "probabilities",
+    ),
+    "transposed": (
+        "t = Transpose(logits) q = Softmax<axis=0>(t) scores = Transpose<perm=[1,0]>(q)",
+        "probabilities",
+    ),
+    "cast": ("q = Softmax(logits) d = Cast<to=11>(q) scores = Cast<to=1>(d)", "probabilities"),
+}
+
+
+def ending(end):
+    graph = LOGITS.replace("T[6,5] fc>", "T[6,5] fc, int64[1] two = {2}>")
+    return build(graph.replace("(f, fc)", "(f, fc)\n    " + ENDS[end][0]))
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("batch", ["N", "1"])
+def test_before_explains_the_logits_whatever_follows_them(end, batch):
+    model = ending(end)
+    model.graph.input[0].type.tensor_type.shape.dim[0].CopyFrom(dim(batch))
+    x, classes = picture(1 if batch == "1" else 2), np.array([[0, 4, -2]])
+    got = run(explained(model, layer="r"), {"x": x, "cam_class": classes})
+    wanted = run(explained(ending("none"), layer="r"), {"x": x, "cam_class": classes})
+    assert relative_error(got["cam_gradients"], wanted["cam_gradients"]) <= 1e-6
+    assert card_of(explained(model, layer="r")).scores_are == ENDS[end][1]
+
+
+def dim(batch):
+    known = {"dim_value": int(batch)} if batch.isdecimal() else {"dim_param": batch}
+    return onnx.TensorShapeProto.Dimension(**known)
+
+
+def card_of(model):
+    return Card.from_metadata({p.key: p.value for p in model.metadata_props})
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("layer", ["r", "s"])
+def test_after_explains_the_probability_that_the_model_gives(end, layer):
+    """By the chain rule from the gradients of all logits, in float64."""
+    x, every = picture(2), np.array([[0, 1, 2, 3, 4]])
+    before = run(explained(ending("none"), layer=layer), {"x": x, "cam_class": every})
+    logits = before["scores"].astype(np.float64)
+    g = before["cam_gradients"].astype(np.float64).reshape(2, 5, *before["cam_activations"].shape[1:])
+    t = torch.tensor(logits, requires_grad=True)
+    probabilities = t.sigmoid() if end == "sigmoid" else t.softmax(1)
+    jacobian = np.stack(
+        [torch.autograd.grad(probabilities[:, k].sum(), t, retain_graph=True)[0] for k in range(5)], 1
+    )
+    wanted = np.einsum("nkm,nmchw->nkchw", jacobian, g)
+    got = run(explained(ending(end), layer=layer, score="after"), {"x": x, "cam_class": every})
+    assert relative_error(got["cam_gradients"].reshape(wanted.shape), wanted) <= 1e-4
+
+
+def test_the_real_models_logits_are_found():
+    found = {name: card_of(ir.to_proto(attach(MODELS / name))).scores_are for name in ONNX_FILES}
+    assert found == {
+        "efficientnet_lite0.onnx": "logits",
+        "pp_lcnet_orientation.onnx": "probabilities",
+        "squeezenet1_1.onnx": "probabilities",
+    }
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "gradcan"}, "no method 'gradcan' \\(did you mean 'gradcam'"),
+        ({"emit": ()}, "nothing to emit"),
+        (
+            {"emit": ("cam", "heat")},
+            "output is 'heat'; it must be one of cam, heatmap, activations, gradients",
+        ),
+        ({"score": "between"}, "score is 'between'; it must be one of before, after"),
+        ({"class_input": "both"}, "class input is 'both'"),
+        ({"labels": ["a", "b"]}, "there are 2 labels for 5 classes"),
+        ({"layout": "CHWN"}, "layout is 'CHWN'; it must be one of NCHW, NHWC"),
+        ({"height": 7}, "height is given as 7, but the model's input is 8 pixels there"),
+        ({"color": "GRAY"}, "color is GRAY, but the model's input has 3 channels"),
+        ({"layer": "q"}, "no layer 'q'"),
+        ({"layer": "f"}, "layer 'f' is \\[N,4\\]; a map needs an activation"),
+        ({"scores": "r"}, "no output 'r'"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(OnnxcamError, match=message) as caught:
+        attach(build(graphs.LINEAR), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="'colour'"):
+        attach(build(graphs.LINEAR), colour="RGB")
+
+
+def test_an_explained_model_is_refused(tmp_path):
+    attach(build(graphs.LINEAR), tmp_path / "e.onnx")
+    with pytest.raises(
+        OnnxcamError, match="explained already \\(gradcam at r\\); attach to the original model"
+    ):
+        attach(tmp_path / "e.onnx")
+
+
+@pytest.mark.parametrize("name", ["cam", "cam_class", "cam_heatmap"])
+@pytest.mark.parametrize("value", ["x", "scores", "r", "w"])
+def test_names_that_attach_needs(name, value):
+    graph = graphs.LINEAR.replace(f"{value} = ", f"{name} = ")
+    for before, after in (("(", ","), ("(", ")"), (" ", ","), (" ", ")"), (", ", ","), (", ", ")")):
+        graph = graph.replace(f"{before}{value}{after}", f"{before}{name}{after}")
+    model = build(graph)
+    with pytest.raises(OnnxcamError, match=f"a value called '{name}' already, a name that attach needs"):
+        attach(model)
+
+
+def test_other_names_under_the_prefix_are_left_alone():
+    renamed = (
+        build(graphs.LINEAR.replace("p = ", '"cam/class/Shape" = ').replace("(p)", '("cam/class/Shape")'))
+        if False
+        else build(graphs.LINEAR)
+    )
+    for node in renamed.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["cam/class/TopK" if n == "p" else "seed" if n == "r" else n for n in names]
+    got, wanted = run(explained(renamed), picture(2)), run(explained(build(graphs.LINEAR)), picture(2))
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value)
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_the_model_itself_is_never_overwritten(tmp_path, link):
+    path = other = tmp_path / "m.onnx"
+    onnx.save(build(graphs.LINEAR), path)
+    if link:
+        other = tmp_path / "other.onnx"
+        getattr(other, link)(path)
+    data = path.read_bytes()
+    with pytest.raises(OnnxcamError, match="is the model itself, which is never modified"):
+        attach(path, other)
+    assert path.read_bytes() == data
+
+
+def test_prepared_copies():
+    model = ir.from_proto(build(graphs.LINEAR))
+    assert prepared(model) is not model
