@@ -215,7 +215,7 @@ def heatmap(op: Emitter, cam: Value, picture: Value, rows: int = 2) -> Value:
     size = dims(picture)[rows : rows + 2]
     sizes = size if all(isinstance(d, int) for d in size) else op.Shape(picture, start=rows, end=rows + 2)
     # Up to half the largest number, so that the span from minimum to maximum is finite too.
-    small = op.LessOrEqual(op.Abs(cam), np.finfo(np.float32).max / 2)
+    small = op.LessOrEqual(op.Abs(cam), float(np.finfo(np.float32).max) / 2)
     finite = op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3])
     # A flat map is zero before the resizing, whose weights add up to 1 only nearly.
     varied = op.Greater(op.ReduceMax(cam, [2, 3]), op.ReduceMin(cam, [2, 3]))

@@ -95,7 +95,7 @@ def gradient(
         rule = rules.get((node.domain, node.op_type))
         if rule is None:
             raise OnnxcamError(_no_rule(node, rules))
-        with op.scope(f"gradient/{node.name}"):
+        with op.scope("gradient"), op.scope(node.name or node.op_type):
             try:
                 leaving = rule(op, node, arriving)
             except OnnxcamError:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,12 +147,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Where the explaine
 
 @app.command()
 def run(
-    model: Annotated[Path, typer.Argument(help="An ONNX classifier, explained or plain.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE...")],
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE")],
     classes: Annotated[
         list[str] | None,
         typer.Option(
-            "--class", "-c", help="A class index, a label, -1 for the best or top3; may be repeated."
+            "--class",
+            "-c",
+            metavar="CLASS",
+            help="A class index, a label, -1 for the best or top3; may be repeated.",
         ),
     ] = None,
     layer: Layer = None,
@@ -194,7 +197,7 @@ def run(
     wanted = explainer.resolve(classes or -1)
     stems = _stems(images)
     failed = 0
-    with _progress(len(images)) as advance:
+    with _Bar(len(images)) as bar:
         for image, stem in zip(images, stems, strict=True):
             try:
                 explanation = explainer(image, wanted)
@@ -202,18 +205,20 @@ def run(
                 if len(images) == 1:
                     raise
                 failed += 1
+                bar.clear()
                 _complain(error)
             else:
                 files = _write(explanation, output, stem, opacity)
+                bar.clear()
                 typer.echo(_json(explanation, files) if as_json else _text(explanation, files))
-            advance()
+            bar.advance()
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
 def attach(
-    model: Annotated[Path, typer.Argument(help="An ONNX classifier; it stays as it is.")],
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier; it stays as it is.", metavar="MODEL")],
     output: Output,
     layer: Layer = None,
     method: Method = None,
@@ -252,7 +257,7 @@ def attach(
 
 @app.command()
 def export(
-    spec: Annotated[str, typer.Argument(help="package.module:factory of a PyTorch model.")],
+    spec: Annotated[str, typer.Argument(help="package.module:factory of a PyTorch model.", metavar="SPEC")],
     output: Output,
     weights: Annotated[Path | None, typer.Option(help="State dict, .pt/.pth or .safetensors.")] = None,
     input_size: Annotated[str, typer.Option(help="Input size: 224 or HEIGHTxWIDTH.")] = "224",
@@ -293,7 +298,7 @@ def export(
 
 @app.command()
 def layers(
-    model: Annotated[Path, typer.Argument(help="An ONNX classifier.")],
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier.", metavar="MODEL")],
     scores: Scores = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each layer.")] = False,
 ) -> None:
@@ -451,25 +456,33 @@ def _report(output: Path, metadata: dict[str, str]) -> None:
         typer.echo(f"  not on the card, to be given to 'onnxcam run': {', '.join(missing)}")
 
 
-class _progress:  # noqa: N801
-    """A progress bar on a terminal, for more than one picture; otherwise nothing."""
+class _Bar:
+    """A progress bar on stderr: for more than one picture, and only if that is a terminal."""
 
     def __init__(self, total: int) -> None:
-        self._bar: Any = None
-        if total > 1 and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
+        self._total = total
+        self._done = 0
+        self._visible = total > 1 and sys.stderr.isatty()
 
-            to_terminal = sys.stdout.isatty()  # otherwise the bar must leave it alone
-            self._bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=to_terminal)
-            self._task = self._bar.add_task("pictures", total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        if self._bar is None:
-            return lambda: None
-        self._bar.start()
-        return lambda: self._bar.advance(self._task)
+    def __enter__(self) -> "_Bar":
+        self.show()
+        return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.clear()
+
+    def advance(self) -> None:
+        self._done += 1
+        self.show()
+
+    def show(self) -> None:
+        filled = 40 * self._done // self._total
+        self._write(f"[{'#' * filled:.<40}] {self._done} of {self._total} pictures")
+
+    def clear(self) -> None:
+        self._write("\r\x1b[2K")
+
+    def _write(self, text: str) -> None:
+        if self._visible:
+            sys.stderr.write(text)
+            sys.stderr.flush()

@@ -35,11 +35,14 @@ def _in_onnx(op_type: str, opset: int) -> bool:
 def stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Return standard operators whose outputs have the types and shapes of `node`'s, for shape inference.
 
-    A node that is no known operator of onnxruntime is returned as it is.
+    A node that onnx infers well, or that nothing is known of, is returned as it is.
     """
+    make = functools.partial(onnx.helper.make_node, name=node.name)
+    if not node.domain and node.op_type in ("GroupNormalization", "MeanVarianceNormalization"):
+        # Through the functions that define them, onnx 1.23 infers no shape, or refuses half precision.
+        return [make("Identity", node.input[:1], node.output[:1])]
     if node.domain != DOMAIN:
         return [node]
-    make = functools.partial(onnx.helper.make_node, name=node.name)
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     match node.op_type:
         case "Gelu" | "BiasGelu" | "FastGelu" | "QuickGelu" | "SimplifiedLayerNormalization":

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import inspect
+import io
 import logging
 import math
 import os
@@ -110,7 +112,7 @@ def export(
     with _quiet(), _evaluating(module):
         _run(module, _random(example, _CHECKED_ROWS), watched)
         program = _capture(module, _random(example, _TRACED_ROWS), watched, opset)
-        model, value = _cleaned(program.model, watched is not None)
+        model, value = _cleaned(program.model, watched is not None, opset)
         plain: dict[str, Any] = {
             "layer": value or layer,
             "method": method,
@@ -201,11 +203,15 @@ def _random(example: torch.Tensor, rows: int, seed: int = 0) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the warnings and log messages of torch and its exporter away from the user."""
+    """Keep what torch and its exporter warn, log and print away from the user."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -310,12 +316,13 @@ def _capture(
     return program
 
 
-def _cleaned(model: ir.Model, watched: bool) -> tuple[ir.Model, str | None]:
+def _cleaned(model: ir.Model, watched: bool, opset: int) -> tuple[ir.Model, str | None]:
     """Bring torch's model into its final form.
 
     Args:
         model: changed in place.
         watched: whether its last output is the layer to explain, and not one of its own.
+        opset: which was asked for.
 
     Returns:
         The model, and the name of the value that is the layer.
@@ -336,6 +343,8 @@ def _cleaned(model: ir.Model, watched: bool) -> tuple[ir.Model, str | None]:
         raise OnnxcamError(
             f"the module works for a batch of {batch} only; it must take any number of pictures"
         )
+    if graph.opset_imports[""] != opset:
+        raise OnnxcamError(f"torch's exporter cannot write opset {opset}")
     _forget_machine(model)
     return model, value.name if value else None
 
@@ -447,8 +456,13 @@ def _run_program(program: torch.onnx.ONNXProgram, x: torch.Tensor, layer: str, l
             f"{missing.pop()!r} is a step within an operator of torch, which has no gradient there to check "
             f"against; choose the output of a whole one{suggest(layer, known)}"
         )
-    with torch.enable_grad():
-        returned = taps.run(x)
+    try:
+        with torch.enable_grad():
+            returned = taps.run(x.clone())
+    except Exception as error:  # whatever its operators raise
+        raise OnnxcamError(
+            f"what torch captured fails on an input {list(x.shape)}: {_cause(error)}"
+        ) from error
     scores = returned if isinstance(returned, torch.Tensor) else returned[0]
     return _Values(scores, taps.values[layer], taps.values[logits] if logits else scores)
 
@@ -475,52 +489,46 @@ def _gradient(values: _Values, classes: torch.Tensor, card: Card) -> torch.Tenso
     scores = (values.logits if card.score == "before" else values.scores).flatten(1)
     if card.score == "after" and card.scores_are == "logits":
         scores = scores.softmax(1)
-    total = scores.gather(1, classes).sum()
-    found = torch.autograd.grad(total, values.activations, allow_unused=True) if total.requires_grad else None
-    if found is None or found[0] is None:
+    found = None
+    if scores.requires_grad and values.activations.requires_grad:
+        total = scores.gather(1, classes).sum()
+        (found,) = torch.autograd.grad(total, values.activations, allow_unused=True)
+    if found is None:
         raise OnnxcamError(
-            f"torch finds no gradient at layer {card.layer!r}: does forward() detach what it computes?"
+            f"torch finds no gradient at layer {card.layer!r}: does forward() use detach() or no_grad()?"
         )
-    return found[0]
+    return found
 
 
 @contextlib.contextmanager
 def _onnx_runner(
     model: ir.Model, dtype: torch.dtype
 ) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[np.ndarray]]]:
-    """Give a function that runs a model: a picture and classes in; scores, activations and gradients out.
-
-    In onnxruntime, if it is installed and has the kernels, which for other types than float32 it often has
-    not; otherwise in ONNX's reference evaluator.
-    """
+    """Give a function that runs a model: a picture and classes in; scores, activations and gradients out."""
     image, classes, scores = (v.name or "" for v in (*model.graph.inputs, model.graph.outputs[0]))
     outputs = [scores, "cam_activations", "cam_gradients"]
     with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
         path = Path(folder) / "model.onnx"
         onnxfile.save(model, path)
-        sessions = list(_sessions(path))
-
-        def run(x: torch.Tensor, wanted: torch.Tensor) -> list[np.ndarray]:
-            feeds = {image: _array(x), classes: _array(wanted)}
-            try:
-                return sessions[0](outputs, feeds)
-            except Exception as error:  # onnxruntime's, of which it makes none public
-                if dtype == torch.float32 or len(sessions) == 1:
-                    raise OnnxcamError(f"the exported model does not run: {_cause(error)}") from error
-                return sessions[1](outputs, feeds)
-
-        yield run
+        try:
+            run = _runtime(path, dtype)
+            yield lambda x, wanted: run(outputs, {image: _array(x), classes: _array(wanted)})
+        except OnnxcamError:
+            raise
+        except Exception as error:  # onnxruntime makes none of its exceptions public
+            raise OnnxcamError(f"the exported model does not run: {_cause(error)}") from error
 
 
-def _sessions(path: Path) -> Iterator[Callable[[list[str], dict[str, np.ndarray]], Any]]:
-    with contextlib.suppress(ModuleNotFoundError):
+def _runtime(path: Path, dtype: torch.dtype) -> Callable[[list[str], dict[str, np.ndarray]], Any]:
+    """Return what runs the model: onnxruntime if installed, otherwise ONNX's reference evaluator."""
+    # onnxruntime has hardly a kernel for other types on a CPU.
+    if dtype == torch.float32 and importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        providers = ["CPUExecutionProvider"]
-        yield lambda *a: onnxruntime.InferenceSession(path, options, providers=providers).run(*a)
-    yield onnx.reference.ReferenceEvaluator(str(path), new_ops=[ConvTranspose, Loop]).run
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run
+    return onnx.reference.ReferenceEvaluator(str(path), new_ops=[ConvTranspose, Loop]).run
 
 
 class ConvTranspose(OpRun):

@@ -223,11 +223,13 @@ def module_path(node: ir.Node) -> str | None:
         return parts[-2] or None if isinstance(parts, list) and len(parts) > 1 else None
     if not (node.name or "").startswith("/"):
         return None
-    found = ""
+    found: list[str] = []
     for part in (node.name or "").split("/")[1:-1]:
-        # A Sequential's children repeat its path: /layer4/layer4.1/conv2.
-        found = part if not found or part.startswith(found + ".") else f"{found}.{part}"
-    return found or None
+        # A Sequential's children repeat its name: /layer4/layer4.0/downsample/downsample.1.
+        if found and part.startswith(found[-1] + "."):
+            found.pop()
+        found.append(part)
+    return ".".join(found) or None
 
 
 def is_map(value: ir.Value) -> bool:
@@ -263,7 +265,8 @@ def _is_inside(module: str | None, name: str) -> bool:
 
 def _weight_owners(node: ir.Node) -> Iterable[str]:
     """Module paths in the names of the node's weights: an exporter that folds bn1 into conv1 keeps them."""
-    return {v.name.rpartition(".")[0] for v in node.inputs if v is not None and v.is_initializer() and v.name}
+    names = [v.name or "" for v in node.inputs if v is not None and v.is_initializer()]
+    return {name.rpartition(".")[0] for name in names if "." in name}
 
 
 def _is_weighted(node: ir.Node) -> bool:

@@ -250,7 +250,7 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
         except Exception as error:  # the converter names no exceptions of its own
             raise OnnxcamError(
                 f"onnx cannot convert the model from opset {model.graph.opset_imports.get('', 1)} "
-                f"to {opset}: {_first_line(error)}"
+                f"to {opset}: {_first_line(error).rpartition('failed: ')[2]}"
             ) from error
     contrib.move_back(converted)
     converted.ir_version = max(model.ir_version, 8)
@@ -265,12 +265,28 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
             result.graph.register_initializer(value)
         if value.name not in inputs:
             result.graph.inputs.remove(value)
-    # The converter drops what exporters note on nodes, such as module paths.
+    if model.graph.opset_imports[""] < 11:
+        _restore_resizing(result.graph)
+    # The converter drops what exporters note on nodes, such as module paths, and some of their names.
     before = {node.outputs[0].name: node for node in model.graph if node.outputs}
+    named = {node.name for node in result.graph}
     for node in result.graph:
-        if node.outputs and node.outputs[0].name in before:
-            node.metadata_props.update(before[node.outputs[0].name].metadata_props)
+        old = before.get(node.outputs[0].name) if node.outputs else None
+        if old is not None:
+            node.metadata_props.update(old.metadata_props)
+            if old.name not in named:
+                node.name = old.name
     return result
+
+
+def _restore_resizing(graph: ir.Graph) -> None:
+    """Give Resize what Upsample and Resize did before opset 11; the converter leaves the new default."""
+    for node in graph:
+        if node.op_type == "Resize":
+            scales = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2] is not None else None
+            shrinks = scales is not None and scales.numpy().min() < 1
+            node.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
+            node.attributes.add(ir.AttrString("nearest_mode", "ceil" if shrinks else "floor"))
 
 
 def _infer_shapes(model: ir.Model) -> None:

@@ -139,7 +139,7 @@ class Column(NamedTuple):
     note: str = ""
 
 
-_INK, _GREY = (28, 30, 34), (104, 108, 116)
+_INK, _GREY, _FAINT = (28, 30, 34), (104, 108, 116), (222, 224, 228)
 PANEL = 420, 480
 """Width and height in pixels that no picture in a panel exceeds."""
 _NARROW = 240  # least width of a column
@@ -177,6 +177,7 @@ def panel(image: Image.Image, columns: Sequence[Column], title: str = "") -> Ima
     for index, picture in enumerate([image, *(cell.picture for cell in columns)]):
         x, y = _MARGIN + index % _PER_ROW * (column + _GAP), top + index // _PER_ROW * pitch
         sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_FAINT)
         y += height + 12
         for text, size, ink in captions[index]:
             draw.text((x, y), text, ink, _font(size))

@@ -86,8 +86,9 @@ class Explanation:
         photo.thumbnail(PANEL, Image.Resampling.LANCZOS)
         small = dataclasses.replace(self, image=photo, viewport=self.viewport.scaled(*photo.size))
         columns = [
-            Column(small.overlay(k, opacity), c.label, c.score, self.note(k) or "")
+            Column(small.overlay(k, opacity), c.label, c.score, f"the map is {note}" if note else "")
             for k, c in enumerate(self.classes)
+            for note in [self.note(k)]
         ]
         return panel(photo, columns, f"{self.card.method} at {self.card.module or self.card.layer}")
 

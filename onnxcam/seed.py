@@ -143,7 +143,9 @@ def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value
         assert uniform is not None and shape is not None
         channels = op.Shape(uniform, start=1)
         split = op.Reshape(uniform, op.Concat(rows, channels, axis=0))
-        return op.Expand(split, op.Concat(np.array([1]), shape, axis=0))
+        if uniform.shape is not None:
+            split.shape = ir.Shape([None, None, *dims(uniform)[1:]])
+        return op.Expand(split, shape)
     return op.Reshape(found, op.Concat(rows, op.Shape(source, start=1), axis=0))
 
 
@@ -154,13 +156,14 @@ def _loop(
     step = Value(name=op.fresh("class"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     go_on = Value(name=op.fresh("go_on"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
     body = ir.Graph([step, go_on], [], nodes=[], name=op.fresh("gradient_of_one_class"))
+    outer = op.graph
     with op.body(body):
         still = op.Identity(go_on)
         seed.replace_all_uses_with(_one_hot(op, op.Gather(index, step, axis=1), scores))
         for node in walk:
-            assert node.graph is not None
-            node.graph.remove(node)
-            body.append(node)
+            if node.graph is outer:  # the body of a Scan moves with the Scan
+                outer.remove(node)
+                body.append(node)
         if found is seed or found.producer() not in walk:
             found = op.Identity(found)
     body.outputs.extend([still, found])

@@ -1,10 +1,9 @@
 """Algebra on the nodes that were emitted: the same numbers from less work."""
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcam.emit import Emitter
-from onnxcam.vjp.shapes import constant_array, dims, is_constant
+from onnxcam.vjp.shapes import axes_of, constant_array, dims, is_constant
 
 
 def simplify(op: Emitter) -> None:
@@ -24,12 +23,12 @@ def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
         return None
     rows, weights = node.inputs[:2]
     one_hot = rows.producer() if rows is not None else None
-    if one_hot is None or one_hot.op_type != "OneHot" or weights is None or len(dims(weights)) != 2:
+    if one_hot is None or one_hot.op_type != "OneHot" or weights is None or _rank(weights) != 2:
         return None
     index, _, values = one_hot.inputs
     assert index is not None and values is not None
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    if len(node.inputs) > 2 or attributes.get("transA") or one_hot.attributes or len(dims(index)) != 1:
+    if len(node.inputs) > 2 or attributes.get("transA") or one_hot.attributes or _rank(index) != 1:
         return None
     transposed = bool(attributes.get("transB"))
     turn = weights.producer()
@@ -53,12 +52,27 @@ def _mean_of_repeated(op: Emitter, node: ir.Node) -> ir.Value | None:
         return None
     repeated, axes_value = node.inputs
     expand = repeated.producer() if repeated is not None else None
-    if repeated is None or expand is None or expand.op_type != "Expand" or axes_value is None:
+    if expand is None or expand.op_type != "Expand" or axes_value is None:
         return None
-    once, axes = expand.inputs[0], constant_array(axes_value)
-    if once is None or once.shape is None or axes is None or axes.size == 0:
+    once, shape = expand.inputs
+    assert once is not None and shape is not None
+    axes, ndim = constant_array(axes_value), _rank(once)
+    if ndim is None or axes is None or axes.size == 0:
         return None
-    if len(once.shape) != len(dims(repeated)) or any(dims(once)[int(axis)] != 1 for axis in axes):
+    along = axes_of(axes.tolist(), ndim)
+    if any(dims(once)[axis] != 1 for axis in along) or not _expanded_axes(shape, ndim) <= set(along):
         return None
     kept = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
-    return once if kept else op.Squeeze(once, np.sort(axes.astype(np.int64)))
+    return once if kept else op.Squeeze(once, along)
+
+
+def _expanded_axes(shape: ir.Value, ndim: int) -> set[int]:
+    """The axes along which Expand to `shape` may repeat a value of `ndim` dimensions; -1 for a new one."""
+    length, sizes = dims(shape)[0], constant_array(shape)
+    if not isinstance(length, int) or length > ndim:
+        return {-1}
+    return {ndim - length + i for i in range(length) if sizes is None or sizes[i] != 1}
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)

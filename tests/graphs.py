@@ -94,7 +94,7 @@ def picture(n=1, *size, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal((n, *(size or (3, 8, 10)))).astype(dtype)
 
 
-# Every kind of layer that torchvision's CNNs have between the picture and the scores; build it with RICH_WEIGHTS.
+# Every kind of layer that torchvision's CNNs have between picture and scores; build it with RICH_WEIGHTS.
 RICH = """(T[N,3,13,14] x) => (T[N,5] scores)
 <T[8,3,3,3] w1, T[8] b1, T[8] scale, T[8] shift, T[8] mean, T[8] variance, T[8,8,1,1] w2, T[8,4,3,3] w3,
  T[4,16,1,1] squeeze, T[4] squeeze_b, T[16,4,1,1] excite, T[16] excite_b, T[12,16] fc1, T[12] fc1_b,

@@ -739,12 +739,20 @@ def in_terminal(*arguments, stdout_too=True):
     return process.returncode, screen.decode(), piped.decode()
 
 
+def seen(screen):
+    """What a terminal shows in the end: a cleared line is gone."""
+    return [line.rpartition("\r\x1b[2K")[2] for line in screen.split("\r\n")]
+
+
 def test_progress_bar_on_a_terminal(small_explained, photo, tmp_path):
-    code, screen, _ = in_terminal("run", small_explained, photo, photo, photo, "-o", tmp_path)
-    assert code == 0
-    assert "pictures" in screen
-    assert "100%" in screen
-    assert screen.count("all in one") == 3
+    code, screen, _ = in_terminal("run", small_explained, photo, photo, "nowhere.png", "-o", tmp_path)
+    assert code == 1
+    assert f"[{'.' * 40}] 0 of 3 pictures" in screen
+    assert f"[{'#' * 26}{'.' * 14}] 2 of 3 pictures" in screen
+    lines = seen(screen)
+    assert lines[0] == lines[7] == str(photo)
+    assert lines[-2:] == ["onnxcam: cannot read nowhere.png: No such file or directory", ""]
+    assert not any("pictures" in line for line in lines)
 
 
 def test_progress_bar_leaves_what_is_piped_alone(small_explained, photo, tmp_path):
@@ -753,8 +761,8 @@ def test_progress_bar_leaves_what_is_piped_alone(small_explained, photo, tmp_pat
     )
     assert code == 1
     assert [json.loads(line)["image"] for line in piped.splitlines()] == [str(photo)] * 2
-    assert "pictures" in screen
-    assert "cannot read nowhere.png" in screen
+    assert "1 of 3 pictures" in screen
+    assert seen(screen) == ["onnxcam: cannot read nowhere.png: No such file or directory", ""]
 
 
 def test_no_progress_bar_for_one_picture_or_in_a_pipe(small_explained, photo, tmp_path):

@@ -247,6 +247,46 @@ def conv_transpose(
     return dx, dw, _bias(op, dy, b)
 
 
+@vjp("CausalConvWithState")
+def causal_conv_with_state(
+    op: Emitter,
+    dys: tuple[Value | None, ...],
+    ys: tuple[Value, ...],
+    x: Value,
+    w: Value,
+    b: Value | None = None,
+    past: Value | None = None,
+    *,
+    activation: str = "none",
+) -> tuple[Value | None, ...]:
+    """A convolution of each channel [N, C, length] over itself and the state before it (absent: zeros).
+
+    The second output is the state after it: the last k - 1 elements of the two joined.
+    """
+    (k,) = _kernel_size(None, w)[-1:]
+    channels = dims(w)[0]
+    if not isinstance(channels, int):
+        raise OnnxcamError(f"the number of channels of the convolution with weights {w.name!r} is unknown")
+    dy, dstate = (*dys, None)[:2]
+    joined_x = op.Pad(x, [k - 1, 0], None, [2]) if past is None else op.Concat(past, x, axis=2)
+    window = Window([k], [1], [1], [0], [0])
+    djoined, dw, db = None, None, None
+    if dy is not None:
+        if activation != "none":
+            before = op.Conv(joined_x, w, b, kernel_shape=[k], group=channels)
+            gate = op.Sigmoid(before)
+            dy = op.Mul(dy, op.Mul(gate, op.Add(op.Mul(before, op.Sub(1.0, gate)), 1.0)))
+        djoined = spread(op, dy, w, joined_x, ys[0], window, channels)
+        dw = None if is_constant(w) else _weights(op, dy, joined_x, window, channels)
+        db = _bias(op, dy, b)
+    if dstate is not None:
+        later = op.Pad(dstate, op.Concat(op.Shape(x, start=2), np.zeros(1, np.int64), axis=0), None, [2])
+        djoined = later if djoined is None else op.Add(djoined, later)
+    assert djoined is not None
+    dx = op.Slice(djoined, [k - 1], [np.iinfo(np.int64).max], [2])
+    return dx, dw, db, None if past is None else op.Slice(djoined, [0], [k - 1], [2])
+
+
 @vjp("Col2Im")
 def col2im(
     op: Emitter,

@@ -31,6 +31,8 @@ def cast_like(
 
 
 def _as_type_of(op: Emitter, dy: Value, x: Value) -> Value:
+    if x.dtype is not None and x.dtype.is_integer():
+        return dy  # x is a quantised value, whose gradient is a floating-point one
     return op.CastLike(dy, x) if x.dtype is None else op.Cast(dy, to=x.dtype)
 
 

@@ -18,6 +18,7 @@ from onnxcam.vjp.shapes import (
     positions,
     rank,
     reshape_like,
+    scatter_add,
     zeros_like,
 )
 
@@ -107,8 +108,10 @@ def _length(vector: Value) -> int:
 def _spaced(op: Emitter, dy: Value, axis: int, step: int) -> Value:
     """Put step - 1 zeros between the elements along `axis`."""
     apart = op.Pad(op.Unsqueeze(dy, [axis + 1]), [0, step - 1], None, [axis + 1])
-    inner = [extent(op, dy, i) for i in range(axis + 1, rank(dy))]
-    return op.Slice(op.Reshape(apart, joined(op, [0] * axis + [-1, *inner])), [0], [1 - step], [axis])
+    sizes = [extent(op, dy, i) for i in range(rank(dy))]
+    size = sizes[axis]
+    sizes[axis] = op.Mul(size, step) if isinstance(size, Value) else size * step
+    return op.Slice(op.Reshape(apart, joined(op, sizes), allowzero=1), [0], [1 - step], [axis])
 
 
 def _margins(
@@ -128,7 +131,7 @@ def _margins(
 
 @vjp("GatherElements")
 def gather_elements(op: Emitter, dy: Value, y: Value, x: Value, indices: Value, *, axis: int = 0) -> Value:
-    return op.ScatterElements(zeros_like(op, x), indices, dy, axis=axis, reduction="add")
+    return scatter_add(op, "ScatterElements", zeros_like(op, x), indices, dy, axis=axis % rank(x))
 
 
 @vjp("GatherND")
@@ -144,7 +147,7 @@ def gather_nd(op: Emitter, dy: Value, y: Value, x: Value, indices: Value, *, bat
             for i in range(batch_dims)
         ]
         indices = op.Concat(*coordinates, indices, axis=last)
-    return op.ScatterND(zeros_like(op, x), indices, dy, reduction="add")
+    return scatter_add(op, "ScatterND", zeros_like(op, x), indices, dy)
 
 
 @vjp("ScatterElements")
@@ -160,12 +163,13 @@ def scatter_elements(
     reduction: str = "none",
 ) -> tuple[Value, None, Value]:
     """As for `_scatter`."""
+    at = axis % rank(x)
 
     def put(target: Value, values: Value, reduction: str) -> Value:
-        return op.ScatterElements(target, indices, values, axis=axis, reduction=reduction)
+        return op.ScatterElements(target, indices, values, axis=at, reduction=reduction)
 
     def pick(source: Value) -> Value:
-        return op.GatherElements(source, indices, axis=axis)
+        return op.GatherElements(source, indices, axis=at)
 
     return _scatter(op, dy, y, x, updates, reduction, put, pick)
 
@@ -271,14 +275,14 @@ def top_k(
     sorted: int = 1,
 ) -> Value:
     """The gradient of each value goes to the element it was; elements that tie do not share it."""
-    return op.ScatterElements(zeros_like(op, x), ys[1], dys[0], axis=axis)
+    return op.ScatterElements(zeros_like(op, x), ys[1], dys[0], axis=axis % rank(x))
 
 
 @vjp("OneHot")
 def one_hot(
     op: Emitter, dy: Value, y: Value, indices: Value, depth: Value, values: Value, *, axis: int = -1
 ) -> tuple[None, None, Value]:
-    hot = op.OneHot(indices, depth, np.array([False, True]), axis=axis)
-    on = op.ReduceSum(op.Where(hot, dy, 0.0), keepdims=0)
-    off = op.ReduceSum(op.Where(hot, 0.0, dy), keepdims=0)
+    hot = op.OneHot(indices, depth, np.array([0, 1], y.dtype.numpy()), axis=axis)  # type: ignore[union-attr]
+    on = op.ReduceSum(op.Mul(dy, hot), keepdims=0)
+    off = op.ReduceSum(op.Mul(dy, op.Sub(1.0, hot)), keepdims=0)
     return None, None, op.Concat(op.Reshape(off, [1]), op.Reshape(on, [1]), axis=0)

@@ -10,7 +10,7 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.vjp.conv import Window, planes, spread
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import count, dims, expand_like, rank, reshape_like
+from onnxcam.vjp.shapes import count, dims, expand_like, rank, reshape_like, scatter_add
 
 
 @vjp("GlobalAveragePool")
@@ -90,7 +90,7 @@ def max_pool(
     assert dy.dtype is not None
     zero = ir.tensor(np.zeros(1, dy.dtype.numpy()))
     empty = op.ConstantOfShape(op.Shape(op.Reshape(x, [0, 0, -1])), value=zero)
-    filled = op.ScatterElements(empty, place, op.Reshape(dy, [0, 0, -1]), axis=2, reduction="add")
+    filled = scatter_add(op, "ScatterElements", empty, place, op.Reshape(dy, [0, 0, -1]), axis=2)
     return reshape_like(op, filled, x)
 
 
@@ -213,7 +213,7 @@ def _members(op: Emitter, x: Value, y: Value, window: Window, count_include_pad:
             and isinstance(begin, list)
             and isinstance(end, list)
         ):
-            first, last = (-begin[i], end[i]) if count_include_pad else (0, 0)
+            first, last = (0, 0) if count_include_pad else (0, 0)
             places = np.arange(out)[:, None] * window.strides[i] + taps - begin[i]
             inside = ((places >= first) & (places < length + last)).sum(1)
             along = op.constant(inside.astype(x.dtype.numpy()))  # type: ignore[union-attr]
@@ -225,7 +225,7 @@ def _members(op: Emitter, x: Value, y: Value, window: Window, count_include_pad:
             places = op.Sub(op.Add(op.Unsqueeze(starts, [1]), taps), before)
             lowest = op.Neg(before) if count_include_pad else 0
             within = op.And(op.GreaterOrEqual(places, lowest), op.Less(places, size))
-            along = op.ReduceSum(op.CastLike(within, x), [1], keepdims=0)
+            along = op.ReduceSum(op.Cast(within, to=x.dtype), [1], keepdims=0)
         shaped = op.Reshape(along, [-1] + [1] * (n - 1 - i))
         product = shaped if product is None else op.Mul(product, shaped)
     assert product is not None

@@ -8,7 +8,7 @@ from onnx_ir import DataType, Value
 
 from onnxcam.emit import Emitter
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import add_at, dims, is_constant, positions, rank, unbroadcast
+from onnxcam.vjp.shapes import add_at, dims, is_constant, positions, rank, reshape_like, unbroadcast
 
 
 def _as(op: Emitter, v: Value, dtype: DataType | None) -> Value:
@@ -30,16 +30,14 @@ def _spread(op: Emitter, v: Value, x: Value, axis: int, block_size: int) -> Valu
     return op.Reshape(wide, [-1] + [1] * (rank(x) - 1 - axis))
 
 
-def _gathered(op: Emitter, v: Value, scale: Value, x: Value, axis: int, block_size: int) -> Value | None:
+def _gathered(op: Emitter, v: Value, scale: Value, x: Value, axis: int, block_size: int) -> Value:
     """Sum `v`, shaped like `x`, into the shape of `scale`, and give it the dtype of `scale`."""
-    total: Value | None
     if block_size:
         total = add_at(op, v, scale, _blocks(op, x, axis, block_size), axis)
-    elif rank(scale) == 0 or dims(scale) == [1]:
-        total = unbroadcast(op, v, scale, x)
     else:
-        total = op.ReduceSum(v, [i for i in range(rank(x)) if i != axis], keepdims=0)
-    assert total is not None
+        summed = unbroadcast(op, v, _spread(op, scale, x, axis, 0), x)
+        assert summed is not None
+        total = reshape_like(op, summed, scale)
     return _as(op, total, scale.dtype)
 
 

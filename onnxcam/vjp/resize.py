@@ -19,6 +19,7 @@ from onnxcam.vjp.shapes import (
     positions,
     rank,
     reshape_like,
+    scatter_add,
     zeros_like,
 )
 
@@ -203,7 +204,7 @@ def grid_sample(
         places = op.Expand(op.Unsqueeze(place, [1]), op.Shape(shares))
         weight = _product(op, [tap.weight for tap in corner])
         update = shares if weight is None else op.Mul(shares, op.CastLike(op.Unsqueeze(weight, [1]), dy))
-        dx = op.ScatterElements(dx, places, update, axis=2, reduction="add")
+        dx = scatter_add(op, "ScatterElements", dx, places, update, axis=2)
         if not through_grid:
             continue
         seen = op.ReduceSum(op.Mul(op.GatherElements(pixels, places, axis=2), shares), [1], keepdims=0)

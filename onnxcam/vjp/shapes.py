@@ -119,7 +119,23 @@ def add_at(op: Emitter, dy: Value, x: Value, places: Value, axis: int) -> Value:
     """
     empty = zeros_along(op, dy, axis, extent(op, x, axis))
     line = op.Reshape(places, [-1 if i == axis else 1 for i in range(rank(x))])
-    return op.ScatterElements(empty, op.Expand(line, op.Shape(dy)), dy, axis=axis, reduction="add")
+    return scatter_add(op, "ScatterElements", empty, op.Expand(line, op.Shape(dy)), dy, axis=axis)
+
+
+def scatter_add(op: Emitter, op_type: str, x: Value, places: Value, dy: Value, **attributes: int) -> Value:
+    """Add `dy` to `x` by ScatterElements or ScatterND; halves in float32: onnxruntime's CPU adds no others."""
+    dtype = dy.dtype
+    if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        wide = op.node(
+            op_type,
+            op.Cast(x, to=ir.DataType.FLOAT),
+            places,
+            op.Cast(dy, to=ir.DataType.FLOAT),
+            reduction="add",
+            **attributes,
+        )
+        return op.Cast(wide, to=dtype)
+    return op.node(op_type, x, places, dy, reduction="add", **attributes)
 
 
 def reshape_like(op: Emitter, dy: Value, x: Value) -> Value:
@@ -147,7 +163,8 @@ def count(op: Emitter, x: Value, axes: Sequence[int]) -> float | Value:
     if all(isinstance(size, int) for size in sizes):
         return float(math.prod(sizes))  # type: ignore[arg-type]
     lengths = op.Concat(*[op.Shape(x, start=axis, end=axis + 1) for axis in axes], axis=0)
-    return op.CastLike(op.ReduceProd(lengths, keepdims=0), x)
+    # Cast, not CastLike: the elements of x are not read, so that the result is the same for every row.
+    return op.Cast(op.ReduceProd(lengths, keepdims=0), to=x.dtype)
 
 
 def unbroadcast(op: Emitter, dy: Value | None, x: Value, y: Value) -> Value | None:

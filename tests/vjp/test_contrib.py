@@ -384,7 +384,7 @@ def _one_node(op_type, shapes, count, attributes, dtype="FLOAT"):
     node = onnx.helper.make_node(op_type, *names, "n", domain=DOMAIN, **attributes)
     inputs = [onnx.helper.make_tensor_value_info(f"x{i}", kind, shape) for i, shape in enumerate(shapes)]
     graph = onnx.helper.make_graph(
-        [node], "g", inputs, [onnx.helper.make_tensor_value_info("y0", kind, None)]
+        [node], "g", inputs, [onnx.helper.make_tensor_value_info("y0", kind, [None] * len(shapes[0]))]
     )
     imports = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, 1)]
     return onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)

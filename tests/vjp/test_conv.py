@@ -1,11 +1,15 @@
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
+from onnxcam.backward import gradient
+from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
-from tests.checks import check_vjp, quiet, reference
+from onnxcam.onnxfile import check, normalise
+from tests.checks import check_vjp, dtypes_of_gradients, quiet, reference
 
 RNG = np.random.default_rng(1)
 BOTH = pytest.mark.parametrize("symbolic", [False, True])
@@ -250,6 +254,71 @@ def test_col2im(image, block, attributes, symbolic):
 def test_col2im_of_one_dimension_with_unequal_padding(symbolic):
     inputs = [normal(2, 3 * 2, 3), np.array([6]), np.array([2])]
     check_vjp("Col2Im", inputs, constant=[2], symbolic=symbolic, pads=[0, 1], strides=[2], ort=False)
+
+
+def causal(inputs, seed, given, result, fixed, wrt, activation="none"):
+    """Gradients of `result`, computed from y and state; in float32, as the operator takes no float64."""
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 27]> graph ({given}) => (float[A, B, D] z) {{
+            y, state = CausalConvWithState<activation = "{activation}">({", ".join(inputs)})
+            z = {result} }}"""
+    )
+    feeds = {k: np.float32(v) for k, v in inputs.items()}
+    for name in fixed:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(feeds.pop(name), name))
+    model = normalise(ir.from_proto(proto))
+    z = model.graph.outputs[0]
+    own_seed = ir.Value(name="seed", shape=z.shape, type=z.type)
+    model.graph.inputs.append(own_seed)
+    op = Emitter(model.graph, 27, "test")
+    values = {v.name: v for v in model.graph.inputs}
+    model.graph.outputs[:] = [op.Identity(gradient(op, z, own_seed, values[name])) for name in wrt]
+    for name, dx in zip(wrt, model.graph.outputs, strict=True):
+        dx.shape = values[name].shape
+    check(model)
+    return reference(ir.to_proto(model)).run(None, {**feeds, "seed": np.float32(seed)})
+
+
+@BOTH
+@pytest.mark.parametrize("activation", ["none", "silu", "swish"])
+@pytest.mark.parametrize("result", ["Identity(y)", "Concat<axis = 2>(y, state)"])
+def test_causal_conv_with_state(result, activation, symbolic):
+    # Weights of unknown size are refused. onnxruntime 1.32 ends at opset 26.
+    given = "float[N, C, L] x, float[N, C, K] past" if symbolic else "float[2,3,6] x, float[2,3,3] past"
+    given += "" if symbolic else ", float[3,1,4] w, float[3] b"
+    inputs = {"x": normal(2, 3, 6), "w": normal(3, 1, 4), "b": normal(3), "past": normal(2, 3, 3)}
+    tensors = {name: torch.tensor(v, requires_grad=True) for name, v in inputs.items()}
+    padded = torch.cat([tensors["past"], tensors["x"]], 2)
+    z = torch.nn.functional.conv1d(padded, tensors["w"], tensors["b"], groups=3)
+    z = z if activation == "none" else torch.nn.functional.silu(z)
+    z = torch.cat([z, padded[..., 6:]], 2) if "state" in result else z
+    seed = normal(*z.shape)
+    z.backward(torch.tensor(seed))
+    wrt = ["x", "past"] if symbolic else list(inputs)
+    fixed = ["w", "b"] if symbolic else []
+    found = causal(inputs, seed, given, result, fixed, wrt, activation=activation)
+    for name, got in zip(wrt, found, strict=True):
+        np.testing.assert_allclose(got, tensors[name].grad.numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("result", ["Identity(y)", "Identity(state)", "Concat<axis = 2>(y, state)"])
+def test_causal_conv_without_state(result):
+    x, w = normal(2, 3, 6), normal(3, 1, 4)
+    t = torch.tensor(x, requires_grad=True)
+    padded = torch.nn.functional.pad(t, (3, 0))
+    parts = {"y": torch.nn.functional.conv1d(padded, torch.tensor(w), groups=3), "state": padded[..., 6:]}
+    z = torch.cat([part for name, part in parts.items() if name in result.split("(")[1]], 2)
+    seed = normal(*z.shape)
+    z.backward(torch.tensor(seed))
+    (dx,) = causal({"x": x, "w": w}, seed, "float[2,3,6] x", result, ["w"], ["x"])
+    np.testing.assert_allclose(dx, t.grad.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op_type", ["Conv", "ConvTranspose"])
+def test_convolutions_of_half_precision(op_type, dtype):
+    shapes = [(1, 2, 4, 4), (2, 2, 3, 3), (2,)]
+    assert dtypes_of_gradients(op_type, shapes, dtype, 22, strides=[2, 2], pads=[1, 1, 1, 1]) == {dtype}
 
 
 def assert_onnxruntime_computes_the_same(op_type, inputs, **attributes):

@@ -188,7 +188,11 @@ def test_attention_of_rows(symbolic, kv_heads):
         return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
     def attention(q, k, v):
-        return sdpa(split(q, 4), split(k, kv_heads), split(v, kv_heads), enable_gqa=True).transpose(1, 2).flatten(2)
+        return (
+            sdpa(split(q, 4), split(k, kv_heads), split(v, kv_heads), enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     check_vjp(
         "Attention",
@@ -326,4 +330,3 @@ def test_dft_default_axis():
 def test_dft_refuses_an_axis_known_only_at_run_time():
     with pytest.raises(OnnxcamError, match="the axis of a DFT"):
         check_vjp("DFT", [normal(2, 3, 1), None, np.array(1)])
-

@@ -11,7 +11,7 @@ from onnx.reference.op_run import OpRun
 
 from onnxcam.errors import OnnxcamError
 from tests import checks
-from tests.checks import check_vjp, quiet
+from tests.checks import check_vjp, dtypes_of_gradients, quiet
 
 RNG = np.random.default_rng(1)
 BOTH = pytest.mark.parametrize("symbolic", [False, True])
@@ -420,3 +420,19 @@ def test_max_unpool(shape, symbolic):
         kernel_shape=[2] * n,
         strides=[2] * n,
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("op_type", "attributes"),
+    [
+        ("MaxPool", {"kernel_shape": [2, 2]}),
+        ("AveragePool", {"kernel_shape": [2, 2], "pads": [1, 0, 1, 0]}),
+        ("LpPool", {"kernel_shape": [2, 2], "p": 3}),
+        ("GlobalAveragePool", {}),
+        ("GlobalMaxPool", {}),
+        ("GlobalLpPool", {"p": 3}),
+    ],
+)
+def test_pools_of_half_precision(op_type, attributes, dtype):
+    assert dtypes_of_gradients(op_type, [(1, 2, 4, 4)], dtype, 22, **attributes) == {dtype}

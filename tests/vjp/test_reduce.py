@@ -90,15 +90,14 @@ def test_reduction_along_axes_known_only_at_run_time(op_type, axes, keepdims, sy
 @pytest.mark.parametrize("at_run_time", [False, True])
 @pytest.mark.parametrize("noop", [0, 1])
 def test_reduction_along_no_axes(op_type, axes, at_run_time, noop):
-    # Without axes a composed reduction still squares, takes the logarithm and so on; onnxruntime 1.32
-    # returns the input as it is.
-    ort = not noop or op_type not in ELEMENTWISE
-    check_reduction(op_type, values(op_type, 3, 2), axes, 1, False, at_run_time, noop=noop, ort=ort)
+    # Without axes a composed reduction still squares, takes the logarithm and so on.
+    check_reduction(op_type, values(op_type, 3, 2), axes, 1, False, at_run_time, noop=noop)
 
 
-@pytest.mark.parametrize("op_type", REDUCTIONS)
+# onnx.reference 1.23 cannot reduce a scalar by ReduceLogSumExp.
+@pytest.mark.parametrize("op_type", sorted(REDUCTIONS.keys() - {"ReduceLogSumExp"}))
 def test_reduction_of_a_scalar(op_type):
-    check_vjp(op_type, [np.array(0.7)], keepdims=0, ort=op_type not in ELEMENTWISE)
+    check_vjp(op_type, [np.array(0.7)], keepdims=0)
 
 
 @pytest.mark.parametrize("op_type", REDUCTIONS)
@@ -115,9 +114,7 @@ def test_ties_share_the_gradient(op_type):
 def test_l1_and_l2_of_zeros():
     x = np.array([[0.0, 0.0], [0.0, 2.0]])
     check_vjp("ReduceL1", [x, np.array([1])], against=lambda x, _: x.abs().sum(1, keepdim=True), constant=[1])
-    check_vjp(
-        "ReduceL2", [x, np.array([1])], against=lambda x, _: x.norm(dim=1, keepdim=True), constant=[1]
-    )
+    check_vjp("ReduceL2", [x, np.array([1])], against=lambda x, _: x.norm(dim=1, keepdim=True), constant=[1])
 
 
 @pytest.mark.parametrize("axes", [None, [0], [1], [0, 1]])
@@ -140,7 +137,7 @@ def test_any_reduction(data):
     check_reduction(op_type, values(op_type, *shape), axes, int(keepdims), symbolic, at_run_time, ort=False)
 
 
-@pytest.mark.parametrize("axis", [np.array(0), np.array([1]), np.array(-1)])
+@pytest.mark.parametrize("axis", [np.array(0), np.array(1), np.array(-1)])
 @pytest.mark.parametrize("exclusive", [0, 1])
 @pytest.mark.parametrize("reverse", [0, 1])
 @pytest.mark.parametrize("constant", [[], [1]])

@@ -15,7 +15,7 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.onnxfile import check, normalise
 from tests import checks
-from tests.checks import check_vjp, quiet, reference
+from tests.checks import check_vjp, dtypes_of_gradients, quiet, reference
 
 RNG = np.random.default_rng(1)
 BOTH = pytest.mark.parametrize("symbolic", [False, True])
@@ -38,14 +38,15 @@ def resize_model(shape, dtype, symbolic=False, opset=20, constants=(), different
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
     if not differentiate:
         return model
+    del model.graph.output[:]  # its type, which onnx would ask for, is known only to inference
     own = normalise(ir.from_proto(model))
-    x, y = own.graph.inputs[0], own.graph.outputs[0]
+    x, y = own.graph.inputs[0], own.graph.node("node").outputs[0]
     seed = ir.Value(name="seed", shape=y.shape, type=ir.TensorType(ir.DataType(kind)))
     own.graph.inputs.append(seed)
     op = Emitter(own.graph, opset, "test")
     dx = op.Identity(gradient(op, y, seed, x))
     dx.name, dx.shape = "dx", x.shape
-    own.graph.outputs[:] = [dx]
+    own.graph.outputs.append(dx)
     op.remove_dead([])
     check(own)
     return ir.to_proto(own)
@@ -238,6 +239,24 @@ def test_resize_against_torch(attributes, torch_mode):
     t = torch.tensor(x, requires_grad=True)
     torch.nn.functional.interpolate(t, size=(8, 4), **torch_mode).backward(torch.tensor(seed))
     np.testing.assert_allclose(in_reference(model)({"x": x, "seed": seed}), t.grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16"])
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_resize_of_half_precision(mode, dtype):
+    """`resize_model` has onnx check the graph."""
+    resize_model(
+        (1, 2, 3, 4), ir.DataType[dtype].numpy(), constants={"scales": floats(1, 1, 2, 0.5)}, mode=mode
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_grid_sample_of_half_precision(mode, dtype):
+    shapes = [(1, 2, 3, 4), (1, 2, 2, 2)]
+    assert dtypes_of_gradients("GridSample", shapes, dtype, 22, mode=mode, padding_mode="reflection") == {
+        dtype
+    }
 
 
 @pytest.mark.parametrize("sliced", [False, True])

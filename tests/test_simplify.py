@@ -1,0 +1,176 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnxcam import attaching
+from onnxcam.emit import Emitter
+from onnxcam.simplify import simplify
+from tests import graphs
+from tests.checks import reference
+from tests.graphs import build, explained, picture, run
+
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.standard_normal((5, 4))
+
+
+def simplified(emit, shape=("N",), dtype=ir.DataType.INT64, opset=18):
+    """Emit a graph of one input `i`, before and after simplifying: its nodes and its value for `i`."""
+    results = []
+    for go in (False, True):
+        i = ir.Value(name="i", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        graph = ir.Graph([i], [], nodes=[], name="g", opset_imports={"": opset})
+        op = Emitter(graph, opset, "test")
+        y = op.Identity(emit(op, i))
+        graph.outputs.append(y)
+        if go:
+            simplify(op)
+        op.remove_dead([y])
+        model = ir.to_proto(ir.Model(graph, ir_version=10))
+        onnx.checker.check_model(model, full_check=True)
+        results.append((sorted(n.op_type for n in graph if n.op_type != "Identity"), reference(model)))
+    return results
+
+
+def one_hot(op, i, depth=5, values=(0, 1), **attributes):
+    return op.OneHot(i, np.int64(depth), np.array(values, np.float64), **attributes)
+
+
+W, WT = WEIGHTS, np.ascontiguousarray(WEIGHTS.T)
+GATHERS = {
+    "MatMul": (lambda op, i: op.MatMul(one_hot(op, i), W), ["Gather"]),
+    "MatMul of a transposed matrix": (
+        lambda op, i: op.MatMul(one_hot(op, i), op.Transpose(op.constant(WT), perm=[1, 0])),
+        ["Gather", "Transpose"],
+    ),
+    "MatMul of a transposed matrix, no perm": (
+        lambda op, i: op.MatMul(one_hot(op, i), op.Transpose(op.constant(WT))),
+        ["Gather", "Transpose"],
+    ),
+    "MatMul of a matrix that stays": (
+        lambda op, i: op.MatMul(one_hot(op, i), op.Transpose(op.constant(W), perm=[0, 1])),
+        ["Gather"],
+    ),
+    "Gemm": (lambda op, i: op.Gemm(one_hot(op, i), W), ["Gather"]),
+    "Gemm, transB": (lambda op, i: op.Gemm(one_hot(op, i), WT, transB=1), ["Gather", "Transpose"]),
+    "Gemm, transB of a transposed matrix": (
+        lambda op, i: op.Gemm(one_hot(op, i), op.Transpose(op.constant(W)), transB=1),
+        ["Gather"],
+    ),
+    "Gemm, alpha": (lambda op, i: op.Gemm(one_hot(op, i), W, alpha=0.25), ["Gather", "Mul"]),
+    "Gemm, alpha and transB": (
+        lambda op, i: op.Gemm(one_hot(op, i), WT, alpha=-2.0, transB=1),
+        ["Gather", "Mul", "Transpose"],
+    ),
+}
+STAYS = {
+    "Gemm with a bias": lambda op, i: op.Gemm(one_hot(op, i), W, np.ones(4)),
+    "other values": lambda op, i: op.MatMul(one_hot(op, i, values=(0, 2)), W),
+    "other rest": lambda op, i: op.MatMul(one_hot(op, i, values=(1, 0)), W),
+    "another axis": lambda op, i: op.MatMul(one_hot(op, i, axis=1), W),
+    "transA": lambda op, i: op.Gemm(one_hot(op, i), W[:3], transA=1),
+    "from the right": lambda op, i: op.MatMul(WT, op.Transpose(one_hot(op, i))),
+    "weights that are computed": lambda op, i: op.MatMul(one_hot(op, i), op.Mul(op.constant(W), 2.0)),
+    "batch of matrices": lambda op, i: op.MatMul(one_hot(op, i), np.stack([W, -W])),
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_a_row_is_gathered(name):
+    emit, operators = GATHERS[name]
+    (_, plain), (found, better) = simplified(emit)
+    assert found == operators
+    for i in ([0, 4, 2], [3], []):
+        feeds = {"i": np.array(i, np.int64)}
+        wanted, got = plain.run(None, feeds)[0], better.run(None, feeds)[0]
+        assert got.shape == wanted.shape == (len(i), 4)
+        np.testing.assert_allclose(got, wanted, rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_is_no_row_stays(name):
+    (before, plain), (after, better) = simplified(STAYS[name], shape=(3,))
+    assert after == before
+    feeds = {"i": np.array([0, 4, 2], np.int64)}
+    np.testing.assert_array_equal(better.run(None, feeds)[0], plain.run(None, feeds)[0])
+
+
+def means(axes, keepdims, to):
+    """The mean of a value that was expanded."""
+
+    def emit(op, x):
+        return op.ReduceMean(op.Expand(x, list(to)), axes, keepdims=keepdims)
+
+    return emit
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [3, 2], [-1, -2], [2], [3]])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_the_mean_of_one_number_is_that_number(axes, keepdims):
+    reduced = {axis % 4 for axis in axes}
+    emit = means(axes, keepdims, to=[1, 1, 4 if 2 in reduced else 1, 5 if 3 in reduced else 1])
+    (_, plain), (found, better) = simplified(emit, shape=("N", 3, 1, 1), dtype=ir.DataType.DOUBLE)
+    assert found == ([] if keepdims else ["Squeeze"])
+    x = RNG.standard_normal((2, 3, 1, 1))
+    wanted, got = plain.run(None, {"i": x})[0], better.run(None, {"i": x})[0]
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "to"),
+    [
+        ([1], (2, 3, 1, 1), (2, 3, 4, 5)),
+        ([2, 3], (2, 3, 1, 5), (2, 3, 4, 5)),
+        ([2, 3], (3, 1, 1), (2, 3, 4, 5)),
+        ([2, 3], (2, 3, "h", 1), (2, 3, 4, 5)),
+        ([], (2, 3, 1, 1), (2, 3, 4, 5)),
+        # Another axis was expanded as well: the mean still has it.
+        ([2, 3], (1, 3, 1, 1), (2, 3, 4, 5)),
+        ([3], (2, 3, 1, 1), (2, 3, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_the_mean_of_several_numbers_stays_a_mean(axes, shape, to, keepdims):
+    (_, plain), (_, better) = simplified(means(axes, keepdims, to=to), shape=shape, dtype=ir.DataType.DOUBLE)
+    x = RNG.standard_normal([4 if d == "h" else d for d in shape])
+    wanted, got = plain.run(None, {"i": x})[0], better.run(None, {"i": x})[0]
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, rtol=1e-14)
+
+
+@pytest.mark.parametrize("graph", [graphs.LINEAR, graphs.DEEP, graphs.FLAT_HEAD, graphs.CONV_HEAD])
+@pytest.mark.parametrize("layer", ["r", "x"])
+@pytest.mark.parametrize("score", ["before", "after"])
+def test_explained_models_say_the_same_with_and_without(graph, layer, score, monkeypatch):
+    feeds = {"x": picture(3, dtype=np.float64), "cam_class": np.array([[0, 4], [2, 2], [-1, 3]])}
+    with_it = explained(build(graph, dtype="double"), layer=layer, score=score)
+    monkeypatch.setattr(attaching, "simplify", lambda op: None)
+    without = explained(build(graph, dtype="double"), layer=layer, score=score)
+    got, wanted = run(with_it, feeds, by="ref"), run(without, feeds, by="ref")
+    assert len(with_it.graph.node) <= len(without.graph.node)
+    for name, value in wanted.items():
+        tolerance = 1e-6 if value.dtype == np.float32 else 1e-12
+        np.testing.assert_allclose(got[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("graph", [graphs.LINEAR, graphs.FLAT_HEAD])
+def test_a_linear_head_reads_one_row_of_its_matrix(graph):
+    def operators(nodes):
+        for node in nodes:
+            yield node.op_type
+            for attribute in node.attribute:
+                yield from operators(attribute.g.node)
+
+    model = build(graph)
+    added = explained(model, layer="r", emit=("cam",))
+    found = list(operators(added.graph.node[len(model.graph.node) :]))
+    assert "OneHot" not in found
+    assert "Gather" in found
+
+
+def test_the_plane_is_not_averaged_where_the_pooling_has_repeated_one_number():
+    added = explained(build(graphs.LINEAR), layer="r", emit=("cam",))
+    assert all(
+        node.op_type not in ("ReduceMean", "Expand") for node in added.graph.node if "gradcam" in node.name
+    )
