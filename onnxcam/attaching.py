@@ -105,7 +105,7 @@ def attach(
         method=method,
         score=score,
         module=source.module,
-        labels=_labels(labels, found.logits),
+        labels=_labels(labels, found.output),
         tool=f"onnxcam {__version__}",
     )
     op = Emitter(graph, graph.opset_imports[""], PREFIX)

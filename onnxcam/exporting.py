@@ -267,7 +267,7 @@ def _run(
     """Run the module in torch; return its scores and the output of its part `layer`, for autograd to go back.
 
     Raises:
-        OnnxcamError: it fails, is no classifier, or the layer's output is no feature map.
+        OnnxcamError: it fails, or it or the layer returns something else than a tensor.
     """
     # A copy, so that a module may change its input in place.
     x = x.detach().requires_grad_().clone()
@@ -287,11 +287,6 @@ def _run(
         raise OnnxcamError(
             f"layer {layer!r} returns a {type(activations).__name__}, not one tensor; choose a part of it "
             "or the layer after it"
-        )
-    if activations is not None and (activations.ndim != 4 or activations.shape[2:].numel() == 1):
-        raise OnnxcamError(
-            f"layer {layer!r} returns {list(activations.shape)}; "
-            "a map needs an activation [N,C,h,w] with h*w > 1"
         )
     return scores, activations
 

@@ -51,18 +51,21 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short")
-    folder = path.resolve().parent
     for tensor, of_graph in _tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external_data(tensor, path)
+            file, offset, size = _external_data(tensor, path)
             # The others onnx's tools or onnx_ir would miss: only large weights of the main graph stay there.
             if not of_graph or math.prod(tensor.dims) <= _SMALL:
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, os.fspath(folder))
+                with file.open("rb") as weights:
+                    weights.seek(offset)
+                    tensor.raw_data = weights.read(size)
+                tensor.ClearField("data_location")
+                del tensor.external_data[:]
     try:
         model = from_proto(proto)
     except OnnxcamError as error:
         raise OnnxcamError(f"{path}: {error}") from error
-    ir.external_data.set_base_dir(model.graph, folder)
+    ir.external_data.set_base_dir(model.graph, path.resolve().parent)
     return model
 
 
@@ -166,31 +169,35 @@ def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
         raise OnnxcamError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _check_external_data(tensor: onnx.TensorProto, path: Path) -> None:
-    """See that the file of weights exists, lies in the model's own folder and is long enough."""
+def _external_data(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int, int]:
+    """Return the file of a weight of the model at `path`, the offset there and the size in bytes.
+
+    Raises:
+        OnnxcamError: it does not exist, lies outside the model's own folder or is too short.
+    """
     fields = {entry.key: entry.value for entry in tensor.external_data}
-    location = fields.get("location", "")
-    folder = path.resolve().parent
-    target = (folder / location).resolve()
-    if not location or not target.is_relative_to(folder):
-        raise OnnxcamError(
-            f"{path}: the weights {tensor.name!r} point to {location!r}, outside the model's folder"
-        )
-    if not target.is_file():
-        raise OnnxcamError(f"{path}: the file with its weights, {location}, is not beside it")
-    if target.stat().st_nlink > 1:
-        raise OnnxcamError(
-            f"{path}: the file with its weights, {location}, is a hard link, which onnx refuses; copy it"
-        )
+    location, folder = fields.get("location", ""), path.resolve().parent
     try:
+        file = (folder / location).resolve()
         offset, length = int(fields.get("offset") or 0), int(fields.get("length") or 0)
         size = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
     except (ValueError, TypeError) as error:
         raise OnnxcamError(f"{path}: the weights {tensor.name!r} are damaged: {_first_line(error)}") from None
+    if not location or not file.is_relative_to(folder):
+        raise OnnxcamError(
+            f"{path}: the weights {tensor.name!r} point to {location!r}, outside the model's folder"
+        )
+    if not file.is_file():
+        raise OnnxcamError(f"{path}: the file with its weights, {location}, is not beside it")
+    if file.stat().st_nlink > 1:
+        raise OnnxcamError(
+            f"{path}: the file with its weights, {location}, is a hard link, which onnx refuses; copy it"
+        )
     if offset < 0 or (length and length != size):
         raise OnnxcamError(f"{path}: the weights {tensor.name!r} are damaged: {length} bytes at {offset}")
-    if target.stat().st_size < offset + size:
+    if file.stat().st_size < offset + size:
         raise OnnxcamError(f"{path}: the file with its weights, {location}, is cut short")
+    return file, offset, size
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:

@@ -60,9 +60,9 @@ def class_gradients(
     """Emit the gradient of the scores of K classes of each image with respect to `source`.
 
     Where the gradient depends on nothing but the class (a linear head), one walk with N*K rows gives
-    all of them. So that no rule writes the model's own batch size into the graph, the walk does not see
-    it. Elsewhere a Loop goes over the K classes, so that the N rows of each walk match the N
-    rows of the forward values it reads and none of these is ever repeated.
+    all of them. Elsewhere a Loop goes over the K classes, so that the N rows of each walk match the N
+    rows of the forward values it reads and none of these is ever repeated. During the walk the size of
+    the batch is hidden, so that no rule can write it into the graph.
 
     Args:
         op: where the nodes go.

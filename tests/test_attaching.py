@@ -444,11 +444,23 @@ def test_heatmap_of_a_flat_map_is_zero_at_any_size(value):
     assert not heat(np.full((1, 1, 7, 6), value), (31, 45)).any()
 
 
-def test_one_file_explains_pictures_of_any_size():
-    free = graphs.DEEP.replace("8,10", "H,W")
-    model = explained(build(free), layer="r")
+@pytest.mark.parametrize(
+    ("graph", "layer"),
+    [
+        (graphs.LINEAR, "r"),
+        (graphs.LINEAR, "x"),
+        (graphs.DEEP, "r"),
+        (graphs.CLASS_MAPS, "r"),
+        (graphs.RICH, "x"),
+        (graphs.RICH, "cat"),
+    ],
+)
+def test_one_file_explains_pictures_of_any_size(graph, layer):
+    declared = "13,14" if graph is graphs.RICH else "8,10"
+    weights = graphs.RICH_WEIGHTS if graph is graphs.RICH else {}
+    model = explained(build(graph.replace(declared, "H,W"), **weights), layer=layer)
     for size in ((8, 10), (13, 7)):
-        fixed = explained(build(graphs.DEEP.replace("8,10", "{},{}".format(*size))), layer="r")
+        fixed = explained(build(graph.replace(declared, "{},{}".format(*size)), **weights), layer=layer)
         feeds = {"x": picture(2, 3, *size), "cam_class": np.array([[0, 3]])}
         got, wanted = run(model, feeds), run(fixed, feeds)
         assert got["cam_heatmap"].shape == (2, 2, *size)
@@ -543,6 +555,13 @@ def test_after_explains_the_probability_that_the_model_gives(end, layer):
     wanted = np.einsum("nkm,nmchw->nkchw", jacobian, g)
     got = run(explained(ending(end), layer=layer, score="after"), {"x": x, "cam_class": every})
     assert relative_error(got["cam_gradients"].reshape(wanted.shape), wanted) <= 1e-4
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_labels_are_counted_on_the_output(end):
+    model = ending(end)
+    model.graph.input[0].type.tensor_type.shape.dim[0].CopyFrom(dim("1"))
+    assert card_of(explained(model, labels="abcde")).labels == tuple("abcde")
 
 
 def test_the_real_models_logits_are_found():

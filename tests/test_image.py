@@ -505,6 +505,10 @@ def test_to_picture_marks_a_pixel_seen_in_part():
     assert seen.tolist() == [[False, True, True, False, False]]
 
 
+def test_scaled_viewport_by_hand():
+    assert Viewport(10, 20, 30, 60, 100, 80).scaled(50, 20) == Viewport(5, 5, 15, 15, 50, 20)
+
+
 def test_to_pixel_by_hand():
     view = Viewport(120, 40, 280, 160, 400, 200)
     assert view.to_pixel(0, 0, (6, 8)) == (130, 50)

@@ -259,6 +259,16 @@ def test_a_symbolic_link_out_of_the_folder(external):
     refused(external, "outside the model's folder")
 
 
+@pytest.mark.parametrize("graph", [graphs.LINEAR, WIDE])
+def test_a_symbolic_link_within_the_folder(tmp_path, graph):
+    save_external(build(graph), tmp_path / "m.onnx", location="data")
+    (tmp_path / "data").rename(tmp_path / "other")
+    (tmp_path / "data").symlink_to("other")
+    attach(tmp_path / "m.onnx", tmp_path / "o.onnx")
+    wanted = run(ir.to_proto(attach(build(graph))), picture(1))
+    np.testing.assert_array_equal(run(onnx.load(tmp_path / "o.onnx"), picture(1))["cam"], wanted["cam"])
+
+
 def test_a_hard_link(external):
     external.parent.with_name("secret").hardlink_to(external.with_name("m.onnx.data"))
     refused(external, "is a hard link, which onnx refuses; copy it")
@@ -285,6 +295,7 @@ def test_short_external_data(external, keep):
         ({"length": 100}, "the weights 'v' are damaged: 100 bytes at"),
         ({"length": "many"}, "the weights 'v' are damaged: .*'many'"),
         ({"offset": "0x10"}, "the weights 'v' are damaged"),
+        ({"location": "a\0b"}, "the weights 'v' are damaged: embedded null"),
     ],
 )
 def test_damaged_places_of_external_data(external, fields, message):
@@ -634,6 +645,14 @@ def test_nodes_without_names_get_one_that_is_free():
         "Flatten_5",
         "MatMul_6",
     ]
+
+
+def test_weights_that_no_single_file_can_hold_go_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxfile, "_ONE_FILE", 1000)
+    attach(build(WIDE), tmp_path / "o.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"o.onnx", "o.onnx.data"}
+    wanted = run(ir.to_proto(attach(build(WIDE))), picture(1))
+    np.testing.assert_array_equal(run(onnx.load(tmp_path / "o.onnx"), picture(1))["cam"], wanted["cam"])
 
 
 def test_large_weights_are_handed_to_no_tool(monkeypatch):

@@ -202,8 +202,8 @@ def det(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
 @vjp("Attention")
 def attention(
     op: Emitter,
-    dy: Value,
-    y: Value,
+    dys: tuple[Value | None, ...],
+    ys: tuple[Value, ...],
     query: Value,
     key: Value,
     value: Value,
@@ -221,20 +221,25 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     softmax_precision: int | None = None,
-) -> tuple[Value | None, ...]:
+) -> list[Value | None]:
     """Y = P V with P = softmax(cap(scale Q K') + bias) (Vaswani et al. 2017); a row without keys is 0.
 
     P is worked out again: the operator does not give it.
     """
-    if past_key is not None or past_value is not None:
-        raise OnnxcamError("Attention with past keys and values has no gradient rule")
+    if dys[0] is None or any(dy is not None for dy in dys[1:]):
+        raise OnnxcamError("there is a gradient rule only for the first output of Attention")
     if value.dtype != query.dtype:
         raise OnnxcamError("Attention with values of another type than the queries has no gradient rule")
     in_rows = rank(query) == 3
-    q, k, v, dout = query, key, value, dy
+    q, k, v, dout = query, key, value, dys[0]
     if in_rows:
         q, dout = _split_heads(op, q, q_num_heads), _split_heads(op, dout, q_num_heads)
         k, v = _split_heads(op, k, kv_num_heads), _split_heads(op, v, kv_num_heads)
+    now = op.Shape(k, start=2, end=3)
+    past = None
+    if past_key is not None and past_value is not None:
+        past = op.Shape(past_key, start=2, end=3)
+        k, v = op.Concat(past_key, k, axis=2), op.Concat(past_value, v, axis=2)
     shared = dims(q)[1] is None or dims(q)[1] != dims(k)[1]
     keys, values = (_repeat_heads(op, k, q), _repeat_heads(op, v, q)) if shared else (k, v)
     if scale is None:
@@ -247,9 +252,8 @@ def attention(
     if softcap:
         tanh = op.Tanh(op.Div(logits, softcap))
         logits = op.Mul(tanh, softcap)
-    p = _attention_weights(
-        op, q, keys, logits, mask, valid, is_causal, (left_window_size, right_window_size), softmax_precision
-    )
+    window = (left_window_size, 0 if is_causal else right_window_size)
+    p = _attention_weights(op, q, keys, logits, mask, past, valid, window, softmax_precision)
     dv = op.MatMul(_transposed(op, p), dout)
     dp = op.Mul(op.MatMul(dout, _transposed(op, values)), p)
     dlogits = op.Sub(dp, op.Mul(p, op.ReduceSum(dp, [-1], keepdims=1)))
@@ -262,9 +266,14 @@ def attention(
     dq, dk = op.MatMul(dlogits, keys), op.MatMul(_transposed(op, dlogits), q)
     if shared:
         dk, dv = _sum_heads(op, dk, k), _sum_heads(op, dv, v)
+    dpast_key = dpast_value = None
+    if past is not None:
+        parts = op.Concat(past, now, axis=0)
+        dpast_key, dk = op.Split(dk, parts, axis=2, outputs=2)
+        dpast_value, dv = op.Split(dv, parts, axis=2, outputs=2)
     if in_rows:
         dq, dk, dv = (op.Reshape(op.Transpose(d, perm=[0, 2, 1, 3]), [0, 0, -1]) for d in (dq, dk, dv))
-    return dq, dk, dv, dmask
+    return [dq, dk, dv, dmask, dpast_key, dpast_value]
 
 
 def _split_heads(op: Emitter, x: Value, heads: int | None) -> Value:
@@ -289,14 +298,23 @@ def _attention_weights(
     k: Value,
     logits: Value,
     mask: Value | None,
+    past: Value | None,
     valid: Value | None,
-    is_causal: int,
     window: tuple[int, int],
     softmax_precision: int | None,
 ) -> Value:
     """Return the softmax of the logits where attention is allowed, zeros elsewhere.
 
-    Query i stands at position i, or i + valid - (number of queries) where the number of valid keys is given.
+    Args:
+        op: where the nodes go.
+        q: the queries [N,H,L,D].
+        k: the keys [N,H,S,D].
+        logits: [N,H,L,S].
+        mask: added to the logits, or true where attention is allowed; it is broadcast to them.
+        past: how many keys come before the first query's place.
+        valid: how many keys of each sample count [N]; the queries stand at the last of these.
+        window: how far a query sees to the left and to the right of its place; -1: without end.
+        softmax_precision: the dtype of the softmax.
     """
     allowed: list[Value] = []
     if mask is not None:
@@ -307,13 +325,13 @@ def _attention_weights(
         allowed.append(mask)
     place = op.Unsqueeze(positions(op, q, 2), [1])
     keys = positions(op, k, 2)
+    if past is not None:
+        place = op.Add(place, past)
     if valid is not None:
         known = op.Reshape(valid, [-1, 1, 1, 1])
         place = op.Add(place, op.Sub(known, op.Shape(q, start=2, end=3)))
         allowed.append(op.Less(keys, known))
     left, right = window
-    if is_causal:
-        right = 0
     if right >= 0:
         allowed.append(op.LessOrEqual(keys, op.Add(place, right)))
     if left >= 0:

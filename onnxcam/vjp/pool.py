@@ -213,7 +213,7 @@ def _members(op: Emitter, x: Value, y: Value, window: Window, count_include_pad:
             and isinstance(begin, list)
             and isinstance(end, list)
         ):
-            first, last = (0, 0) if count_include_pad else (0, 0)
+            first, last = (-begin[i], end[i]) if count_include_pad else (0, 0)
             places = np.arange(out)[:, None] * window.strides[i] + taps - begin[i]
             inside = ((places >= first) & (places < length + last)).sum(1)
             along = op.constant(inside.astype(x.dtype.numpy()))  # type: ignore[union-attr]

@@ -123,7 +123,7 @@ def add_at(op: Emitter, dy: Value, x: Value, places: Value, axis: int) -> Value:
 
 
 def scatter_add(op: Emitter, op_type: str, x: Value, places: Value, dy: Value, **attributes: int) -> Value:
-    """Add `dy` to `x` by ScatterElements or ScatterND; halves in float32: onnxruntime's CPU adds no others."""
+    """Add `dy` to `x` by ScatterElements or ScatterND; halves in float32, as onnxruntime adds no others."""
     dtype = dy.dtype
     if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         wide = op.node(

@@ -269,14 +269,23 @@ def test_attention_softmax_precision():
     check_vjp("Attention", [normal(1, 2, 3, 4)] * 3, opset=23, softmax_precision=11)
 
 
-def test_attention_refuses_past_keys():
-    past = normal(1, 2, 5, 4)
-    with pytest.raises(OnnxcamError, match="past keys"):
-        check_vjp("Attention", [normal(1, 2, 3, 4)] * 3 + [None, past, past], count=3, opset=23)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_attention_past_keys(kv_heads, causal, symbolic):
+    def attention(q, k, v, _, past_k, past_v):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        mask = torch.ones(3, 7, dtype=torch.bool).tril(5) if causal else None
+        return sdpa(q, k, v, mask, enable_gqa=True)
+
+    shape = (2, kv_heads, 2, 4)
+    past = normal(2, kv_heads, 5, 4)
+    inputs = [normal(2, 4, 3, 4), normal(*shape), normal(*shape), None, past, normal(*past.shape)]
+    check_vjp("Attention", inputs, against=attention, opset=24, count=3, symbolic=symbolic, is_causal=causal)
 
 
 def test_attention_refuses_other_outputs():
-    with pytest.raises(OnnxcamError, match="second output of Attention"):
+    with pytest.raises(OnnxcamError, match="only for the first output of Attention"):
         check_vjp("Attention", [normal(1, 2, 3, 4)] * 3, count=4, outputs=[3], opset=23)
 
 

@@ -259,17 +259,22 @@ def test_grid_sample_of_half_precision(mode, dtype):
     }
 
 
-@pytest.mark.parametrize("sliced", [False, True])
-def test_resize_to_a_size_joined_to_the_batch_and_channels_reads_no_batch(sliced):
+@pytest.mark.parametrize(
+    ("head", "products"),
+    [
+        ("head = Shape<start = 0, end = 2>(x)", 2),
+        ("all = Shape(x) head = Slice(all, zero, two)", 2),
+        ("all = Shape(x) head = Slice(all, one, three)", 4),
+        ("head = Shape<start = 1, end = 3>(x)", 4),
+        ("head = Shape<start = 0, end = 2>(other)", 4),
+    ],
+)
+def test_resize_to_a_size_joined_to_the_batch_and_channels_reads_no_batch(head, products):
     """As exporters write it: Concat(Shape(x)[:2], [8, 9]); then no matrix is made for the first two axes."""
-    head = "head = Shape<start = 0, end = 2>(x)"
-    if sliced:
-        head = """all = Shape(x)
-            zero = Constant<value_ints = [0]>()
-            two = Constant<value_ints = [2]>()
-            head = Slice(all, zero, two)"""
     proto = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["": 20]> graph (float[N, C, H, W] x) => (float[N, C, 8, 9] y) {{
+        f"""<ir_version: 10, opset_import: ["": 20]>
+            graph (float[N, C, H, W] x, float[A, B] other) => (float[D, E, 8, 9] y)
+            <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] three = {{3}}> {{
             {head}
             hw = Constant<value_ints = [8, 9]>()
             sizes = Concat<axis = 0>(head, hw)
@@ -281,7 +286,7 @@ def test_resize_to_a_size_joined_to_the_batch_and_channels_reads_no_batch(sliced
     seed = ir.Value(name="seed", shape=y.shape, type=y.type)
     op = Emitter(model.graph, 20, "test")
     assert gradient(op, y, seed, x) is not None
-    assert [node.op_type for node in op.nodes].count("MatMul") == 2
+    assert [node.op_type for node in op.nodes].count("MatMul") == products
 
 
 def test_resize_crop_that_keeps_the_aspect_ratio_is_refused():

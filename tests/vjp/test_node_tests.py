@@ -1,0 +1,227 @@
+"""The ONNX project's own node tests, each turned into a test of the operator's gradient rule.
+
+Applicable is every node test of a single operator that has a rule and at least one floating-point
+input and output; a test of an operator written out in others is none of its own. The gradient graph
+is made and checked in float32, or in the dtype of the test where the operator has no float32, and
+computed in double; the gradient of a random combination of the outputs is compared with central
+differences, for each element of a small input and along random directions for a large one.
+"""
+
+import functools
+import time
+import warnings
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.backend.test import loader
+
+from onnxcam.backward import gradient
+from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError
+from onnxcam.onnxfile import normalise
+from onnxcam.vjp import RULES
+from tests.checks import reference
+
+SMALL = 12
+"""Inputs of up to this many elements are checked element by element."""
+
+DIRECTIONS = 2
+"""Along so many random directions larger inputs are checked."""
+
+STEP = 1e-6
+TOLERANCE = 2e-6
+
+FLOATS = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+)
+
+WRITTEN_OUT = {"AffineGrid", "GroupNormalization", "MeanVarianceNormalization"}
+"""onnx.reference computes these in float32; the operators that their node tests write them out in, in double."""
+
+EXCLUDED: dict[str, str] = {}
+"""Tests that are applicable but not run, by name, and why."""
+
+
+def test_node_tests():
+    begin, passed, failures = time.time(), [], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cases = {case.name: case for case in loader.load_model_tests(kind="node")}
+        applicable = [name for name, case in cases.items() if is_applicable(case)]
+        for name in applicable:
+            if name not in EXCLUDED:
+                try:
+                    check(cases[name], cases.get(f"{name}_expanded"))
+                    passed.append(name)
+                except Exception as error:
+                    failures[name] = f"{type(error).__name__}: {error}"
+    operators = {cases[name].model.graph.node[0].op_type for name in passed}
+    print(
+        f"\n{len(passed)} of {len(applicable)} applicable node tests pass, {len(EXCLUDED)} are excluded; "
+        f"{len(operators)} operators, {time.time() - begin:.0f} s"
+    )
+    assert not EXCLUDED.keys() - set(applicable), "an exclusion names no applicable test"
+    assert not failures, "\n".join(f"{name}: {message}" for name, message in sorted(failures.items()))
+
+
+def is_applicable(case):
+    graph = case.model.graph
+    if len(graph.node) != 1 or not case.data_sets or case.name.endswith("_expanded"):
+        return False
+    (node,) = graph.node
+    values = [*graph.input, *graph.output]
+    if (node.domain, node.op_type) not in RULES or not all(v.type.HasField("tensor_type") for v in values):
+        return False
+    return any(is_float(v) for v in graph.input) and any(is_float(v) for v in graph.output)
+
+
+def is_float(info):
+    return info.type.tensor_type.elem_type in FLOATS
+
+
+def check(case, written_out):
+    rng = np.random.default_rng(0)
+    (node,) = case.model.graph.node
+    model = retyped(case.model, onnx.TensorProto.FLOAT)
+    names = [v.name for v in model.graph.input]
+    floats = [v.name for v in model.graph.input if is_float(v)]
+    feeds = dict(zip(names, map(as_array, case.data_sets[0][0]), strict=True))
+    feeds = {k: v.astype(np.float64) if k in floats else v for k, v in feeds.items()}
+    forward = reference(in_double(written_out.model if node.op_type in WRITTEN_OUT else model))
+    outputs = [v.name for v in model.graph.output if is_float(v)]
+    ys = dict(zip(outputs, forward.run(outputs, feeds), strict=True))
+    seeds = {name: rng.standard_normal(np.shape(y)) for name, y in ys.items()}
+    outputs, gradients = analytic(model, feeds, floats, outputs, seeds)
+    schema = onnx.defs.get_schema(node.op_type, case.model.opset_import[0].version, node.domain)
+
+    def score(changed):
+        found = forward.run(outputs, {**feeds, **changed})
+        return sum(float(np.sum(seeds[name] * y)) for name, y in zip(outputs, found, strict=True))
+
+    for name, got in gradients.items():
+        x = feeds[name]
+        if got is None and not is_differentiable(schema, list(node.input).index(name)):
+            continue
+        got = np.zeros(x.shape) if got is None else got
+        assert got.shape == x.shape, f"the gradient of {name} has shape {got.shape}, not {x.shape}"
+        scale = max(np.sqrt(np.mean(np.square(got))) if got.size else 0.0, 1e-3)
+        for direction in directions(x.shape, rng):
+            rise = score({name: x + STEP * direction}) - score({name: x - STEP * direction})
+            want, have = rise / (2 * STEP), float(np.sum(got * direction))
+            assert abs(have - want) <= TOLERANCE * scale * max(1.0, np.linalg.norm(direction)), (
+                f"input {name}: {have:.9g}, differences say {want:.9g}"
+            )
+
+
+def is_differentiable(schema, index):
+    category = schema.inputs[min(index, len(schema.inputs) - 1)].differentiation_category
+    return category == onnx.defs.OpSchema.DifferentiationCategory.Differentiable
+
+
+def directions(shape, rng):
+    size = int(np.prod(shape))
+    if size <= SMALL:
+        return np.eye(size).reshape(size, *shape)
+    return [rng.standard_normal(shape) for _ in range(DIRECTIONS)]
+
+
+def as_array(data):
+    return onnx.numpy_helper.to_array(data) if isinstance(data, onnx.TensorProto) else np.asarray(data)
+
+
+def retyped(model, dtype):
+    """Return a copy whose floating-point inputs, outputs, casts and constants are of `dtype`."""
+    own = onnx.ModelProto()
+    own.CopyFrom(model)
+    own.ir_version = max(own.ir_version, 8)
+    for info in [*own.graph.input, *own.graph.output, *own.graph.value_info]:
+        if is_float(info):
+            info.type.tensor_type.elem_type = dtype
+    retype_nodes(own.graph, dtype)
+    return own
+
+
+def retype_nodes(graph, dtype):
+    kind = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+    for tensor in graph.initializer:
+        retype_tensor(tensor, dtype, kind)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                retype_tensor(attribute.t, dtype, kind)
+            elif attribute.HasField("g"):
+                retype_nodes(attribute.g, dtype)
+            elif attribute.name in ("to", "dtype", "softmax_precision", "output_dtype") and attribute.i in FLOATS:
+                attribute.i = dtype
+            elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                values = attribute.floats if attribute.name == "value_floats" else attribute.f
+                array = np.array(values, np.float32).astype(kind)
+                attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
+
+
+def retype_tensor(tensor, dtype, kind):
+    if tensor.data_type in FLOATS and tensor.data_type != dtype:
+        array = onnx.numpy_helper.to_array(tensor).astype(kind)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def in_double(model):
+    return retyped(model, onnx.TensorProto.DOUBLE)
+
+
+def analytic(model, feeds, floats, outputs, seeds):
+    """Return which outputs were differentiated, and the gradients of `floats`.
+
+    A rule may ask for integer inputs that are constants, and know only the gradient of the first output.
+    """
+    refusal = None
+    for chosen, constants in [(outputs, False), (outputs, True), (outputs[:1], False), (outputs[:1], True)]:
+        try:
+            return chosen, gradients_of(model, feeds, floats, chosen, seeds, constants)
+        except OnnxcamError as error:
+            refusal = refusal or error
+    raise refusal
+
+
+def gradients_of(model, feeds, floats, outputs, seeds, constants):
+    own = onnx.ModelProto()
+    own.CopyFrom(model)
+    fixed = {name: v for name, v in feeds.items() if name not in floats} if constants else {}
+    for info in list(own.graph.input):
+        if info.name in fixed:
+            own.graph.input.remove(info)
+    own.graph.initializer.extend(onnx.numpy_helper.from_array(v, name) for name, v in fixed.items())
+    normal = normalise(ir.from_proto(own))
+    graph = normal.graph
+    op = Emitter(graph, graph.opset_imports[""], "test")
+    values = {v.name: v for v in [*graph.inputs, *(v for node in graph for v in node.outputs)]}
+    terms = []
+    for name in outputs:
+        seed = ir.Value(name=f"seed/{name}", shape=ir.Shape(seeds[name].shape), type=values[name].type)
+        graph.inputs.append(seed)
+        terms.append(op.ReduceSum(op.Mul(values[name], seed), keepdims=0))
+    total = functools.reduce(op.Add, terms)
+    one = op.constant(np.array(1, total.dtype.numpy()))
+    found = {name: gradient(op, total, one, values[name]) for name in floats}
+    del graph.outputs[:]
+    for name, dx in found.items():
+        if dx is not None:
+            result = op.Identity(dx)
+            result.name = f"gradient/{name}"
+            result.shape = values[name].shape
+            graph.outputs.append(result)
+    op.remove_dead([])
+    asked, given = [v.name for v in graph.outputs], {v.name for v in graph.inputs}
+    everything = {**feeds, **{f"seed/{name}": seeds[name] for name in outputs}}
+    evaluator = reference(in_double(ir.to_proto(normal)))
+    results = evaluator.run(asked, {k: v for k, v in everything.items() if k in given})
+    by_name = dict(zip(asked, results, strict=True))
+    return {name: by_name.get(f"gradient/{name}") for name in floats}
+
+
+assert ml_dtypes
