@@ -54,8 +54,8 @@ def attach(
     Args:
         model: an ONNX file, or a model in memory, which stays as it is.
         path: where to write the explained model; its folder must exist. None: only return it.
-        layer: the activation [N,C,h,w] to explain: a value name, a node name or a PyTorch module path.
-            None: the last spatial feature map before the head.
+        layer: the activation to explain, [N,C,h,w], [N,h,w,C] or tokens [N,T,C]: a value name, a node name
+            or a PyTorch module path. None: the last feature map before the head that a gradient reaches.
         method: a key of ``onnxcam.methods.METHODS``.
         emit: outputs to add, of ``cam``, ``heatmap``, ``activations``, ``gradients``.
         class_input: ``optional`` (``cam_class`` defaults to the best class) or ``required``, for runtimes
@@ -94,7 +94,7 @@ def attach(
     source = (
         layers.find(model, layer, picture, found.logits)
         if layer is not None
-        else layers.default(layers.explainable(picture, found.logits), found.logits)
+        else layers.default(layers.explainable(picture, found.logits), picture, found.logits)
     )
     prepares = _preprocess(picture, preprocess)
     card = Card(
@@ -105,6 +105,7 @@ def attach(
         method=method,
         score=score,
         module=source.module,
+        grid=None if source.grid.order == "NCHW" else str(source.grid),
         labels=_labels(labels, found.output),
         tool=f"onnxcam {__version__}",
     )
@@ -156,10 +157,9 @@ def _explain(
     emit: Sequence[str],
 ) -> dict[str, Value]:
     """Emit the whole branch and return the outputs asked for, by name."""
-    activation = source.value
     rules = RULES
     if method.linear_head:
-        reason = layers.why_no_linear_head(activation, found.logits)
+        reason = layers.why_no_linear_head(source.value, found.logits)
         if reason is not None:
             raise OnnxcamError(
                 f"{method.name} needs a head that averages the feature map and weighs its channels, "
@@ -173,9 +173,11 @@ def _explain(
         if score == "after":
             explained = ranked if found.are == "probabilities" else op.Softmax(explained, axis=1)
         index, valid = resolve_classes(op, ranked, _class_input(op, class_input))
-    da = class_gradients(op, explained, index, activation, rules)
+    da = class_gradients(op, explained, index, source.value, rules)
     if da is None:
         raise OnnxcamError(f"layer {source.name!r} does not influence the scores: no gradient reaches it")
+    with op.scope("layer"):
+        activation, da = source.grid.planes(op, source.value), source.grid.planes(op, da)
     outputs = {}
     with op.scope(method.name):
         a = op.Unsqueeze(activation, [1])
@@ -234,12 +236,6 @@ def heatmap(op: Emitter, cam: Value, picture: Value, rows: int = 2) -> Value:
     return op.Div(op.Sub(full, low), op.Where(op.Greater(span, 0.0), span, 1.0))
 
 
-def layout(picture: Value) -> str:
-    """Return ``NHWC`` if only the last axis of the model's input can hold colour channels, else ``NCHW``."""
-    sizes = dims(picture)
-    return "NHWC" if sizes[3] in (1, 3) and sizes[1] not in (1, 3) else "NCHW"
-
-
 def _class_input(op: Emitter, kind: str) -> Value:
     """Add the input ``cam_class``."""
     default = np.array([[-1]], np.int64)
@@ -291,7 +287,7 @@ def _preprocess(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
     if unknown:
         raise TypeError(f"attach() got an unexpected argument {sorted(unknown)[0]!r}")
     given = {name: value for name, value in facts.items() if value is not None}
-    given.setdefault("layout", layout(picture))
+    given.setdefault("layout", layers.layout(picture))
     _one_of("layout", given["layout"], LAYOUTS)
     rows = 2 if given["layout"] == "NCHW" else 1
     for name, size in zip(("height", "width"), dims(picture)[rows : rows + 2], strict=True):

@@ -120,6 +120,8 @@ class Card:
         method: the method's name, such as ``gradcam``.
         score: ``before`` or ``after`` the softmax: which score the gradient is of.
         module: PyTorch module path of the layer, where the exporter recorded it.
+        grid: how the map's plane lies in the layer, such as ``tokens 1 to 196 as 14x14``; None if the layer
+            is [N,C,h,w].
         labels: class names by index, or None.
         tool: name and version of the program that wrote the card.
         format: version of the card.
@@ -133,6 +135,7 @@ class Card:
     score: str
     tool: str
     module: str | None = None
+    grid: str | None = None
     labels: tuple[str, ...] | None = None
     format: int = FORMAT
 

@@ -308,8 +308,9 @@ def layers(
 
     own = prepared(model)
     logits = finder.scores(own, scores).logits
-    found = finder.explainable(finder.picture(own), logits)
-    default = finder.default(found, logits)
+    picture = finder.picture(own)
+    found = finder.explainable(picture, logits)
+    default = finder.default(found, picture, logits)
     if as_json:
         for layer in found:
             row = {
@@ -318,15 +319,19 @@ def layers(
                 "operator": layer.operator,
                 "node": layer.node,
                 "module": layer.module,
+                "grid": str(layer.grid),
+                "zero_gradient": layer.unreached,
                 "default": layer is default,
             }
             typer.echo(json.dumps(row))
         return
-    rows = [("", "name", "shape", "operator", "module")]
+    rows = [("", "name", "shape", "operator", "module", "positions")]
     for layer in found:
         shape = "x".join("?" if d is None else str(d) for d in layer.shape)
-        rows.append(("*" if layer is default else "", layer.name, shape, layer.operator, layer.module or "-"))
-    widths = [max(len(line[i]) for line in rows) for i in range(5)]
+        mark, module = "*" if layer is default else "", layer.module or "-"
+        positions = f"{layer.grid}; no gradient reaches them" if layer.unreached else str(layer.grid)
+        rows.append((mark, layer.name, shape, layer.operator, module, positions))
+    widths = [max(len(line[i]) for line in rows) for i in range(6)]
     for line in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
@@ -450,7 +455,8 @@ def _report(output: Path, metadata: dict[str, str]) -> None:
     card = Card.from_metadata(metadata)
     assert card is not None
     module = f" ({card.module})" if card.module else ""
-    typer.echo(f"{output}: {card.method} at layer {card.layer}{module}, score {card.score} softmax")
+    grid = f", {card.grid}" if card.grid else ""
+    typer.echo(f"{output}: {card.method} at layer {card.layer}{module}{grid}, score {card.score} softmax")
     missing = card.input.missing()
     if missing:
         typer.echo(f"  not on the card, to be given to 'onnxcam run': {', '.join(missing)}")

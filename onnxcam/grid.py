@@ -23,6 +23,10 @@ _REORDERING = frozenset([
     "Attention", "Einsum", "Expand", "Gather", "GatherElements", "GatherND", "Gemm", "LSTM", "GRU", "MatMul",
     "Reshape", "ScatterElements", "ScatterND", "Softmax", "Transpose", "FusedMatMul",
 ])  # fmt: skip
+_TURNS: dict[tuple[int, ...], tuple[str, str]] = {
+    (0, 2, 3, 1): (PLANES, CHANNELS_LAST),
+    (0, 3, 1, 2): (CHANNELS_LAST, PLANES),
+}
 _MOST_EXTRA_TOKENS = 16
 
 
@@ -61,14 +65,16 @@ class Grid:
         if dims(x)[-2] != self._count():
             x = op.Slice(x, [self.first], [self.first + self._count()], [ndim - 2])
         turned = op.Transpose(x, perm=[*range(ndim - 2), ndim - 1, ndim - 2])
-        return op.Reshape(turned, [0] * (ndim - 1) + [self.height, self.width])  # type: ignore[list-item]
+        return op.Reshape(turned, [0] * (ndim - 1) + [self.height, self.width])
 
     def plane_of(self, live: np.ndarray) -> np.ndarray:
         """Return the part of a mask over tokens that belongs to the plane."""
         return live[self.first : self.first + self._count()]
 
 
-def grids(nodes: Sequence[ir.Node], picture: Value, height: int | None, width: int | None) -> dict[Value, Grid]:
+def grids(
+    nodes: Sequence[ir.Node], picture: Value, height: int | None, width: int | None
+) -> dict[Value, Grid]:
     """Find the plane in every activation between the picture and the scores that has one.
 
     A convolution's input and output are planes; what a linear layer or a layer normalisation works on
@@ -90,7 +96,7 @@ def grids(nodes: Sequence[ir.Node], picture: Value, height: int | None, width: i
             grid = _grid_of_tokens(value, nodes, planes, height, width)
         else:
             at = 2 if order == PLANES else 1
-            grid = Grid(order, *dims(value)[at : at + 2])
+            grid = Grid(order, dims(value)[at], dims(value)[at + 1])
         if grid is None or (grid.height, grid.width) == (1, 1):
             continue
         found[value] = grid
@@ -167,10 +173,13 @@ def _known(node: ir.Node, orders: dict[Value, str]) -> Iterable[tuple[Value, str
     elif _works_on_last_axis(node):
         last = {4: CHANNELS_LAST, 3: TOKENS}
         yield from ((value, last[len(dims(value))]) for value in (x, y) if len(dims(value)) in last)
+    elif node.op_type == "ReduceMean":
+        order = pooled_order(node)
+        if order is not None:
+            yield x, order
     elif node.op_type == "Transpose":
-        turn = {(0, 2, 3, 1): (PLANES, CHANNELS_LAST), (0, 3, 1, 2): (CHANNELS_LAST, PLANES)}
         perm = node.attributes.get("perm")
-        given = turn.get(tuple(perm.as_ints())) if perm is not None else None
+        given = _TURNS.get(tuple(perm.as_ints())) if perm is not None else None
         if given is not None and (orders.get(x) == given[0] or orders.get(y) == given[1]):
             yield x, given[0]
             yield y, given[1]
@@ -178,10 +187,10 @@ def _known(node: ir.Node, orders: dict[Value, str]) -> Iterable[tuple[Value, str
         # [N,h,w,C] and [N,h*w,C]
         for wide, flat in ((x, y), (y, x)):
             a, b = dims(wide), dims(flat)
-            if len(a) == 4 and len(b) == 3 and a[0] == b[0] and a[3] == b[2] and isinstance(b[2], int):
-                if orders.get(wide) == CHANNELS_LAST or orders.get(flat) == TOKENS:
-                    yield wide, CHANNELS_LAST
-                    yield flat, TOKENS
+            fits = len(a) == 4 and len(b) == 3 and a[0] == b[0] and a[3] == b[2] and isinstance(b[2], int)
+            if fits and (orders.get(wide) == CHANNELS_LAST or orders.get(flat) == TOKENS):
+                yield wide, CHANNELS_LAST
+                yield flat, TOKENS
     elif node.op_type not in _REORDERING:
         ndim = len(dims(y))
         alike = [v for v in (*node.inputs, *node.outputs) if v is not None and not is_constant(v)]
@@ -189,6 +198,17 @@ def _known(node: ir.Node, orders: dict[Value, str]) -> Iterable[tuple[Value, str
         known = next((orders[v] for v in alike if v in orders), None)
         if known is not None:
             yield from ((value, known) for value in alike)
+
+
+def pooled_order(node: ir.Node) -> str | None:
+    """Return the layout of what `node`, a ReduceMean, averages over its whole plane; None if it does not."""
+    x, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    along = None if axes is None else constant_array(axes)
+    if x is None or x.shape is None or along is None:
+        return None
+    ndim = len(dims(x))
+    places = (ndim, tuple(sorted(int(axis) % ndim for axis in along)))
+    return {(4, (2, 3)): PLANES, (4, (1, 2)): CHANNELS_LAST, (3, (1,)): TOKENS}.get(places)
 
 
 def _works_on_last_axis(node: ir.Node) -> bool:
@@ -231,22 +251,21 @@ def _first_token(nodes: Sequence[ir.Node], tokens: int, plane: int) -> int:
         if node.op_type != "Concat" or node.outputs[0].shape is None or len(dims(node.outputs[0])) != 3:
             continue
         sizes = [dims(v)[1] if v is not None and v.shape is not None else None for v in node.inputs]
-        if node.attributes["axis"].as_int() in (1, -2) and plane in sizes and sum_or_none(sizes) == tokens:
+        if node.attributes["axis"].as_int() in (1, -2) and plane in sizes and _total(sizes) == tokens:
             before = sizes[: sizes.index(plane)]
             return sum(size for size in before if isinstance(size, int))
     return tokens - plane
 
 
-def sum_or_none(sizes: Sequence[int | str | None]) -> int | None:
-    """Return the sum of `sizes`, or None if one of them is not known."""
+def _total(sizes: Sequence[int | str | None]) -> int | None:
     return sum(s for s in sizes if isinstance(s, int)) if all(isinstance(s, int) for s in sizes) else None
 
 
 def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.ndarray | None:
     """Which tokens of `x` matter, if those in `arriving` (None: all) of the node's output do. None: all."""
-    if x.shape is None or len(dims(x)) != 3 or not isinstance(dims(x)[1], int):
+    tokens = dims(x)[1] if x.shape is not None and len(dims(x)) == 3 else None
+    if not isinstance(tokens, int):
         return None
-    tokens = dims(x)[1]
     y = node.outputs[0]
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     places: np.ndarray | slice | None = None
@@ -255,7 +274,7 @@ def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.nda
     elif node.op_type == "Slice" and x is node.inputs[0]:
         places = _sliced_tokens(node)
     if places is not None:
-        mask = np.zeros(tokens, bool)  # type: ignore[arg-type]
+        mask = np.zeros(tokens, bool)
         if arriving is None or isinstance(places, np.ndarray):
             mask[places] = True
         else:

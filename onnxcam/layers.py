@@ -4,32 +4,41 @@ import ast
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcam.backward import path
 from onnxcam.errors import OnnxcamError, suggest
-from onnxcam.vjp.shapes import constant_array, dims, is_constant
+from onnxcam.grid import PLANES, TOKENS, Grid, bottlenecks, grids, live_tokens, pooled_order
+from onnxcam.vjp.shapes import dims, is_constant
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "FusedConv", "FusedGemm", "FusedMatMul")
 _REGROUPING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
+NORMALISATIONS = ("LayerNormalization", "RMSNormalization", "SkipLayerNormalization")
+"""Operators that make the input of a transformer's block."""
+
 _PROBABILITY = ("Softmax", "Sigmoid", "HardSigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An activation [N,C,h,w] that a map can be made from.
+    """An activation that a map can be made from.
 
     Attributes:
         value: the ONNX value.
         operator: name of the operator that computes it.
         node: name of the node that computes it.
         module: PyTorch module path, where the exporter recorded it, otherwise None.
+        grid: how the positions of the picture lie in it.
+        unreached: whether the scores read only other tokens after it, so that its gradient is zero.
     """
 
     value: ir.Value
     operator: str
     node: str
     module: str | None
+    grid: Grid
+    unreached: bool = False
 
     @property
     def name(self) -> str:
@@ -122,29 +131,41 @@ def scores(model: ir.Model, name: str | None = None) -> Scores:
 
 
 def explainable(source: ir.Value, logits: ir.Value) -> list[Layer]:
-    """List the activations [N,C,h,w] between `source` and `logits`, in the order they are computed."""
+    """List the activations between `source` and `logits` that a map can be made from, in order."""
+    nodes = path(logits, source)
+    sizes = dims(source)[1:3] if layout(source) == "NHWC" else dims(source)[2:]
+    height, width = (size if isinstance(size, int) else None for size in sizes)
+    found = grids(nodes, source, height, width)
+    live = live_tokens(nodes, logits)
     return [
-        Layer(value, node.op_type, node.name or "", module_path(node))
-        for node in path(logits, source)
+        _layer(value, found[value], live.get(value))
+        for node in nodes
         for value in node.outputs
-        if is_map(value) and value is not logits
+        if value in found and value is not logits
     ]
 
 
-def default(layers: list[Layer], logits: ir.Value) -> Layer:
-    """Return the last feature map before the head: a weighted operator must still follow it.
+def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
+    """Return the last feature map before the head that the gradient reaches.
 
-    So where the last convolution is the classifier itself (one channel for each class, then
-    pooling), its input is chosen, not the class maps it makes.
+    A weighted operator must still follow it: where the last convolution is the classifier itself (one
+    channel for each class, then pooling), its input is chosen, not the class maps it makes. Of tokens
+    and channels-last maps only those count that a normalisation made or that everything flows through,
+    not the inner values of an attention or a perceptron.
 
     Raises:
         OnnxcamError: there is no such activation.
     """
+    through = set(bottlenecks(path(logits, source), logits))
     for layer in reversed(layers):
+        on_trunk = layer.grid.order == PLANES or layer.value in through or layer.operator in NORMALISATIONS
+        if not on_trunk or layer.unreached:
+            continue
         if any(_is_weighted(node) for node in path(logits, layer.value)):
             return layer
     raise OnnxcamError(
-        "the model has no feature map [N,C,h,w] with h*w > 1 before its scores; name a layer with --layer"
+        "the model has no feature map with more than one position before its scores; "
+        "name a layer with --layer"
     )
 
 
@@ -153,7 +174,7 @@ def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Laye
 
     Raises:
         OnnxcamError: there is no such layer, it comes after the scores or does not influence them,
-            or it is not shaped [N,C,h,w].
+            it has no plane of positions, or no gradient reaches that.
     """
     value = _named(model, name)
     if value is None:
@@ -162,23 +183,47 @@ def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Laye
         modules = [m for n in nodes if (m := module_path(n)) is not None]
         hint = suggest(name, [k for k in [*modules, *known] if k])
         raise OnnxcamError(f"the model has no layer {name!r}{hint}; 'onnxcam layers' lists those it has")
-    node = value.producer()
     if value is not source and not path(value, source):
         raise OnnxcamError(f"layer {name!r} does not depend on the picture")
     if value is logits or not path(logits, value):
         if value is logits or path(value, logits):
             raise OnnxcamError(f"layer {name!r} comes after the scores; choose one before them")
         raise OnnxcamError(f"layer {name!r} does not influence the scores")
-    if not is_map(value):
+    layers = explainable(source, logits)
+    layer = next((layer for layer in layers if layer.value is value), None)
+    if layer is None and is_map(value):
+        order = layout(source) if value is source else PLANES
+        at = 2 if order == PLANES else 1
+        layer = _layer(value, Grid(order, dims(value)[at], dims(value)[at + 1]), None)
+    if layer is None:
         raise OnnxcamError(
-            f"layer {name!r} is {_shape_text(value)}; a map needs an activation [N,C,h,w] with h*w > 1"
+            f"layer {name!r} is {_shape_text(value)}; a map needs an activation [N,C,h,w] or [N,h,w,C] with "
+            "h*w > 1, or tokens [N,T,C] that cover the picture"
         )
+    if layer.unreached:
+        raise OnnxcamError(
+            f"no gradient reaches the picture's tokens at layer {name!r}: only the others are read after it; "
+            f"choose an earlier layer, such as {default(layers, source, logits).name!r}"
+        )
+    return layer
+
+
+def _layer(value: ir.Value, grid: Grid, live: np.ndarray | None) -> Layer:
+    node = value.producer()
     return Layer(
         value,
         node.op_type if node else "Input",
         (node.name or "") if node else "",
         module_path(node) if node else None,
+        grid,
+        unreached=live is not None and grid.order == TOKENS and not grid.plane_of(live).any(),
     )
+
+
+def layout(picture: ir.Value) -> str:
+    """Return ``NHWC`` if only the last axis of the model's input can hold colour channels, else ``NCHW``."""
+    sizes = dims(picture)
+    return "NHWC" if sizes[3] in (1, 3) and sizes[1] not in (1, 3) else "NCHW"
 
 
 def why_no_linear_head(source: ir.Value, logits: ir.Value) -> str | None:
@@ -276,12 +321,8 @@ def _is_weighted(node: ir.Node) -> bool:
 def _pools_plane(node: ir.Node) -> bool:
     if node.op_type == "GlobalAveragePool":
         return True
-    value = node.inputs[0]
-    if value is None or value.shape is None or len(value.shape) != 4:
-        return False
-    if node.op_type == "ReduceMean" and len(node.inputs) > 1 and node.inputs[1] is not None:
-        axes = constant_array(node.inputs[1])
-        return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+    if node.op_type == "ReduceMean":
+        return pooled_order(node) is not None
     pooled = node.outputs[0]
     return node.op_type == "AveragePool" and pooled.shape is not None and dims(pooled)[2:] == [1, 1]
 

@@ -53,10 +53,10 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short")
     for tensor, of_graph in _tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            file, offset, size = _external_data(tensor, path)
+            source, offset, size = _external_data(tensor, path)
             # The others onnx's tools or onnx_ir would miss: only large weights of the main graph stay there.
             if not of_graph or math.prod(tensor.dims) <= _SMALL:
-                with file.open("rb") as weights:
+                with source.open("rb") as weights:
                     weights.seek(offset)
                     tensor.raw_data = weights.read(size)
                 tensor.ClearField("data_location")
@@ -189,6 +189,8 @@ def _external_data(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int, int
         )
     if not file.is_file():
         raise OnnxcamError(f"{path}: the file with its weights, {location}, is not beside it")
+    if not os.access(file, os.R_OK):
+        raise OnnxcamError(f"{path}: the file with its weights, {location}, cannot be read: no permission")
     if file.stat().st_nlink > 1:
         raise OnnxcamError(
             f"{path}: the file with its weights, {location}, is a hard link, which onnx refuses; copy it"

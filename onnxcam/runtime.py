@@ -409,7 +409,7 @@ def _attached(path: Path, provider: str, options: Mapping[str, Any]) -> Any:
     with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
         explained = Path(folder) / "explained.onnx"
         onnxfile.save(model, explained)
-        return _session(os.fspath(explained), provider)
+        return _open(explained, provider)
 
 
 def _replaced(preprocess: Preprocess, given: dict[str, Any]) -> Preprocess:

@@ -353,6 +353,25 @@ def test_layer_that_is_not_the_last_that_its_module_computes():
     agrees(model, module, "body", pictures(2))
 
 
+class ChannelsLast(nn.Module):
+    """Takes windows of a channels-last map, shifted, as a Swin transformer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.roll(self.conv(x).permute(0, 2, 3, 1), (1, 1), (1, 2))
+        x = self.mix(x[:, ::2, 1:]).tanh() * x[:, ::2, 1:].sigmoid()
+        return self.fc(x.permute(0, 3, 1, 2).mean((2, 3)))
+
+
+def test_gradient_through_a_channels_last_map():
+    module = seeded(ChannelsLast)
+    model = export(module, SMALL, layer="conv", emit=EMITS)
+    agrees(model, module, "conv", pictures(2))
+
+
 @pytest.mark.parametrize("layer", ["relu", "node_relu", "max_pool2d"])
 def test_layer_by_the_name_of_a_value_or_node(net, layer):
     module = seeded(Functional)

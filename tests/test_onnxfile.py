@@ -225,6 +225,11 @@ def test_missing_external_data(external):
     refused(external, "the file with its weights, m.onnx.data, is not beside it")
 
 
+def test_external_data_that_cannot_be_read(external, monkeypatch):
+    monkeypatch.setattr(onnxfile.os, "access", lambda *_: False)
+    refused(external, "the file with its weights, m.onnx.data, cannot be read: no permission")
+
+
 def test_a_folder_in_place_of_external_data(external):
     external.with_name("m.onnx.data").unlink()
     external.with_name("m.onnx.data").mkdir()

@@ -383,6 +383,20 @@ def test_double_precision_input(tmp_path, photo, explainer):
     np.testing.assert_allclose(found.cam, explainer(photo, "top4").cam, rtol=1e-4, atol=1e-6)
 
 
+def test_branch_that_onnxruntime_cannot_run(small, monkeypatch):
+    """It may lack a kernel that the gradient needs and the model does not."""
+    real = onnxcam.runtime._session
+
+    def session(path, provider):
+        if path != str(small):
+            raise RuntimeError("no implementation of Where")
+        return real(path, provider)
+
+    monkeypatch.setattr(onnxcam.runtime, "_session", session)
+    with pytest.raises(OnnxcamError, match=r"^onnxruntime cannot load .*: no implementation of Where$"):
+        Explainer(small, preprocess=FACTS)
+
+
 def test_precision_that_onnxruntime_lacks(tmp_path, capfd):
     """Its Conv has no double precision on a CPU."""
     path = explained(tmp_path, dtype=np.float64)

@@ -15,6 +15,7 @@ from onnxcam.vjp.shapes import (
     dims,
     extent,
     joined,
+    pad_along,
     positions,
     rank,
     reshape_like,
@@ -44,7 +45,7 @@ def gather(op: Emitter, dy: Value, y: Value, x: Value, indices: Value, *, axis: 
     after = (
         -1 - place if place < 0 else op.Sub(size, place + 1) if isinstance(size, Value) else size - place - 1
     )
-    return op.Pad(dy, joined(op, [before, after]), None, [at])
+    return pad_along(op, dy, joined(op, [before, after]), [at])
 
 
 @vjp("Slice")
@@ -81,7 +82,7 @@ def slice_(
             before.append(low)
             after.append(high)
             padded.append(axis)
-    return op.Pad(dy, joined(op, before + after), None, padded) if padded else dy
+    return pad_along(op, dy, joined(op, before + after), padded) if padded else dy
 
 
 def _bound(op: Emitter, bounds: Value | None, index: int) -> int | Value:
@@ -107,7 +108,7 @@ def _length(vector: Value) -> int:
 
 def _spaced(op: Emitter, dy: Value, axis: int, step: int) -> Value:
     """Put step - 1 zeros between the elements along `axis`."""
-    apart = op.Pad(op.Unsqueeze(dy, [axis + 1]), [0, step - 1], None, [axis + 1])
+    apart = pad_along(op, op.Unsqueeze(dy, [axis + 1]), [0, step - 1], [axis + 1])
     sizes = [extent(op, dy, i) for i in range(rank(dy))]
     size = sizes[axis]
     sizes[axis] = op.Mul(size, step) if isinstance(size, Value) else size * step

@@ -11,7 +11,9 @@ from onnxcam.vjp.shapes import (
     constant_ints,
     dims,
     extent,
+    is_constant,
     joined,
+    pad_along,
     positions,
     rank,
     reshape_like,
@@ -146,7 +148,9 @@ def pad(
         begin, end = op.Split(pads, axis=0, num_outputs=2, outputs=2)
         lengths = op.Shape(dy) if axes is None else op.Gather(op.Shape(dy), axes)
         kept = op.Slice(dy, op.Max(begin, 0), op.Sub(lengths, op.Max(end, 0)), axes)
-        return op.Pad(kept, op.Max(op.Neg(pads), 0), None, axes)
+        named = constant_ints(axes, "the axes of a Pad") if axes is None or is_constant(axes) else None
+        back = op.Max(op.Neg(pads), 0)
+        return op.Pad(kept, back, None, axes) if named is None else pad_along(op, kept, back, named)
     where = constant_ints(axes, "the axes of a Pad")
     along = list(range(rank(x))) if where is None else [axis % rank(x) for axis in where]
     n = len(along)
@@ -157,7 +161,7 @@ def pad(
             begin = [max(int(amounts[i]), 0) for i in added]
             end = [-max(int(amounts[i + n]), 0) or _OPEN_END for i in added]
             dy = op.Slice(dy, begin, end, [along[i] for i in added])
-        return op.Pad(dy, np.maximum(-amounts, 0), None, along) if (amounts < 0).any() else dy
+        return pad_along(op, dy, np.maximum(-amounts, 0), along) if (amounts < 0).any() else dy
     for i in range(n):
         if amounts is None or amounts[i] or amounts[i + n]:
             both = joined(op, [_element(op, pads, i), _element(op, pads, i + n)])

@@ -95,6 +95,20 @@ def joined(op: Emitter, parts: Sequence[int | Value]) -> list[int] | Value:
     return op.Concat(*vectors, axis=0)
 
 
+def pad_along(op: Emitter, x: Value, pads: Sequence[int] | np.ndarray | Value, axes: Sequence[int]) -> Value:
+    """Pad `x` with zeros along `axes`; `pads` holds what comes before each of them, then after each.
+
+    All axes are written out: between two Transposes onnxruntime 1.32 fails over a Pad that names its axes.
+    """
+    places = [axis % rank(x) for axis in axes]
+    places += [rank(x) + place for place in places]
+    every = np.zeros(2 * rank(x), np.int64)
+    if isinstance(pads, Value):
+        return op.Pad(x, op.ScatterElements(every, np.array(places), pads, axis=0))
+    every[places] = pads
+    return op.Pad(x, every)
+
+
 def zeros_along(op: Emitter, dy: Value, axis: int, length: int | Value) -> Value:
     """Emit zeros of the dtype and shape of `dy`, but of size `length` along `axis` (not negative)."""
     shape = joined(op, [length if i == axis else extent(op, dy, i) for i in range(rank(dy))])

@@ -11,18 +11,20 @@ import functools
 import time
 import warnings
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.backend.test import loader
+from onnx.reference.ops import op_causal_conv_with_state
 
 from onnxcam.backward import gradient
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.onnxfile import normalise
 from onnxcam.vjp import RULES
+from tests import checks
 from tests.checks import reference
+from tests.vjp import test_norm, test_pool, test_resize
 
 SMALL = 12
 """Inputs of up to this many elements are checked element by element."""
@@ -40,11 +42,56 @@ FLOATS = (
     onnx.TensorProto.BFLOAT16,
 )
 
-WRITTEN_OUT = {"AffineGrid", "GroupNormalization", "MeanVarianceNormalization"}
-"""onnx.reference computes these in float32; the operators that their node tests write them out in, in double."""
+REPAIRED = (test_norm, test_pool, test_resize)
+"""They teach `reference` to compute in double what onnx.reference computes in float32 or wrongly."""
 
-EXCLUDED: dict[str, str] = {}
-"""Tests that are applicable but not run, by name, and why."""
+AT_A_KINK = {
+    "test_elu_example": "x is 0",
+    "test_gridsample_aligncorners_true": "grid points on elements",
+    "test_gridsample_bilinear": "grid points on elements",
+    "test_gridsample_bilinear_align_corners_1_additional_1": "grid points on elements",
+    "test_gridsample_volumetric_bilinear_align_corners_0": "grid points on elements",
+    "test_gridsample_volumetric_bilinear_align_corners_1": "grid points on elements",
+    "test_hardmax_one_hot": "a tie",
+    "test_leakyrelu_example": "x is 0",
+    "test_maxpool_3d_dilations": "ties",
+    "test_maxpool_3d_dilations_use_ref_impl": "ties",
+    "test_reduce_min_default_axes_keepdims_example": "a tie",
+    "test_selu_example": "x is 0",
+    "test_thresholdedrelu_example": "x is the threshold",
+}
+"""Tests at a point without a derivative, and why: there the differences to both sides must disagree."""
+
+EXCLUDED = {
+    "test_acosh_example": "x is 1, where the slope is infinite",
+    "test_batchnorm_epsilon_training_mode": "training mode is refused",
+    "test_batchnorm_example_training_mode": "training mode is refused",
+    "test_l2normalization_axis_0": "a vector of zeros, where the operator jumps",
+    "test_maxunpool_export_with_output_shape": "the rule counts indices in the output, as onnxruntime does; "
+    "onnx counts them in the smaller output that there would be without output_shape",
+    "test_mod_float_edge_cases_fmod_0_float16": "infinities and values that are no numbers",
+    "test_mod_float_edge_cases_fmod_0_float32": "infinities and values that are no numbers",
+    "test_mod_float_edge_cases_fmod_0_float64": "infinities and values that are no numbers",
+    "test_pow": "fractional powers of negative numbers are no numbers",
+    "test_training_dropout": "training mode is refused",
+    "test_training_dropout_default": "training mode is refused",
+    "test_training_dropout_default_mask": "training mode is refused",
+    "test_training_dropout_mask": "training mode is refused",
+    "test_training_dropout_zero_ratio": "training mode is refused",
+    "test_training_dropout_zero_ratio_mask": "training mode is refused",
+}
+"""Tests that are applicable but not run, and why."""
+
+
+class CausalConvWithState(op_causal_conv_with_state.CausalConvWithState):
+    """With SiLU in double; onnx.reference 1.23 computes it in float32."""
+
+    def _run(self, *inputs, activation=None):
+        y, state = super()._run(*inputs, activation="none")
+        return y / (1 + np.exp(-y)) if activation in ("silu", "swish") else y, state
+
+
+checks.NEW_OPS += [CausalConvWithState]
 
 
 def test_node_tests():
@@ -56,16 +103,16 @@ def test_node_tests():
         for name in applicable:
             if name not in EXCLUDED:
                 try:
-                    check(cases[name], cases.get(f"{name}_expanded"))
+                    check(cases[name])
                     passed.append(name)
                 except Exception as error:
                     failures[name] = f"{type(error).__name__}: {error}"
     operators = {cases[name].model.graph.node[0].op_type for name in passed}
     print(
-        f"\n{len(passed)} of {len(applicable)} applicable node tests pass, {len(EXCLUDED)} are excluded; "
-        f"{len(operators)} operators, {time.time() - begin:.0f} s"
+        f"\n{len(passed)} of {len(applicable)} applicable node tests pass, {len(AT_A_KINK)} of them "
+        f"at a kink; {len(EXCLUDED)} are excluded; {len(operators)} operators, {time.time() - begin:.0f} s"
     )
-    assert not EXCLUDED.keys() - set(applicable), "an exclusion names no applicable test"
+    assert not (EXCLUDED | AT_A_KINK).keys() - set(applicable), "an exclusion names no applicable test"
     assert not failures, "\n".join(f"{name}: {message}" for name, message in sorted(failures.items()))
 
 
@@ -84,7 +131,7 @@ def is_float(info):
     return info.type.tensor_type.elem_type in FLOATS
 
 
-def check(case, written_out):
+def check(case):
     rng = np.random.default_rng(0)
     (node,) = case.model.graph.node
     model = retyped(case.model, onnx.TensorProto.FLOAT)
@@ -92,7 +139,9 @@ def check(case, written_out):
     floats = [v.name for v in model.graph.input if is_float(v)]
     feeds = dict(zip(names, map(as_array, case.data_sets[0][0]), strict=True))
     feeds = {k: v.astype(np.float64) if k in floats else v for k, v in feeds.items()}
-    forward = reference(in_double(written_out.model if node.op_type in WRITTEN_OUT else model))
+    if node.op_type in ("Cast", "CastLike"):
+        feeds = {k: np.nan_to_num(v, nan=0.5, posinf=2.0, neginf=-2.0) for k, v in feeds.items()}
+    forward = reference(in_double(model))
     outputs = [v.name for v in model.graph.output if is_float(v)]
     ys = dict(zip(outputs, forward.run(outputs, feeds), strict=True))
     seeds = {name: rng.standard_normal(np.shape(y)) for name, y in ys.items()}
@@ -103,6 +152,7 @@ def check(case, written_out):
         found = forward.run(outputs, {**feeds, **changed})
         return sum(float(np.sum(seeds[name] * y)) for name, y in zip(outputs, found, strict=True))
 
+    here, kinks = score({}), 0
     for name, got in gradients.items():
         x = feeds[name]
         if got is None and not is_differentiable(schema, list(node.input).index(name)):
@@ -111,11 +161,15 @@ def check(case, written_out):
         assert got.shape == x.shape, f"the gradient of {name} has shape {got.shape}, not {x.shape}"
         scale = max(np.sqrt(np.mean(np.square(got))) if got.size else 0.0, 1e-3)
         for direction in directions(x.shape, rng):
-            rise = score({name: x + STEP * direction}) - score({name: x - STEP * direction})
-            want, have = rise / (2 * STEP), float(np.sum(got * direction))
-            assert abs(have - want) <= TOLERANCE * scale * max(1.0, np.linalg.norm(direction)), (
-                f"input {name}: {have:.9g}, differences say {want:.9g}"
-            )
+            ahead = (score({name: x + STEP * direction}) - here) / STEP
+            behind = (here - score({name: x - STEP * direction})) / STEP
+            want, have = (ahead + behind) / 2, float(np.sum(got * direction))
+            allowed = TOLERANCE * scale * max(1.0, np.linalg.norm(direction))
+            if abs(have - want) > allowed and case.name in AT_A_KINK and abs(ahead - behind) > 1000 * allowed:
+                kinks += 1
+                continue
+            assert abs(have - want) <= allowed, f"input {name}: {have:.9g}, differences say {want:.9g}"
+    assert kinks or case.name not in AT_A_KINK, "there is no kink here"
 
 
 def is_differentiable(schema, index):
@@ -156,7 +210,10 @@ def retype_nodes(graph, dtype):
                 retype_tensor(attribute.t, dtype, kind)
             elif attribute.HasField("g"):
                 retype_nodes(attribute.g, dtype)
-            elif attribute.name in ("to", "dtype", "softmax_precision", "output_dtype") and attribute.i in FLOATS:
+            elif (
+                attribute.name in ("to", "dtype", "softmax_precision", "output_dtype")
+                and attribute.i in FLOATS
+            ):
                 attribute.i = dtype
             elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 values = attribute.floats if attribute.name == "value_floats" else attribute.f
@@ -222,6 +279,3 @@ def gradients_of(model, feeds, floats, outputs, seeds, constants):
     results = evaluator.run(asked, {k: v for k, v in everything.items() if k in given})
     by_name = dict(zip(asked, results, strict=True))
     return {name: by_name.get(f"gradient/{name}") for name in floats}
-
-
-assert ml_dtypes
