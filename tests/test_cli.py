@@ -196,8 +196,11 @@ def test_layers(call, small):
     code, text, err = call("layers", small)
     assert (code, err) == (0, "")
     lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == ["name", "shape", "operator", "module"]
-    assert lines[1:] == [["conv", "Nx6x8x12", "Conv", "-"], ["*", "features", "Nx6x8x12", "Relu", "-"]]
+    assert lines[0] == ["name", "shape", "operator", "module", "positions"]
+    assert lines[1:] == [
+        ["conv", "Nx6x8x12", "Conv", "-", "planes"],
+        ["*", "features", "Nx6x8x12", "Relu", "-", "planes"],
+    ]
     code, text, err = call("layers", small, "--json")
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["name"] for row in rows] == ["conv", "features"]
@@ -208,6 +211,8 @@ def test_layers(call, small):
         "operator": "Conv",
         "node": "conv1",
         "module": None,
+        "grid": "planes",
+        "zero_gradient": False,
         "default": False,
     }
 

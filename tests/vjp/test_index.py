@@ -320,7 +320,8 @@ def test_dtype(op_type, rest, attributes, dtype):
     count = 2 if op_type == "TopK" else 1
     constant = [3] if op_type == "Slice" else []
     for symbolic in (False, True):
+        arrays = [normal(4, 2), *rest]
         model = _one_node_model(
-            op_type, [normal(4, 2), *rest], narrow, [0], constant, (0,), count, 24, "", symbolic, attributes, [1]
-        )  # fmt: skip
+            op_type, arrays, narrow, [0], constant, (0,), count, 24, "", symbolic, attributes, [1]
+        )
         assert model.graph.output[0].type.tensor_type.elem_type == ir.DataType[dtype]

@@ -138,15 +138,15 @@ def check_in_onnxruntime(op_type, inputs, layer, **attributes):
     outputs = layer(*tensors)
     seeds = {f"seed{k}": normal(*y.shape) for k, y in enumerate(outputs)}
     sum((y * torch.tensor(seeds[f"seed{k}"])).sum() for k, y in enumerate(outputs)).backward()
-    for symbolic, wrt in ((False, wrt), (True, wrt[:1])):
+    for symbolic, asked in ((False, wrt), (True, wrt[:1])):
         model = _one_node_model(
-            op_type, inputs, np.float32, wrt, (), range(count), count, 20, "", symbolic,
+            op_type, inputs, np.float32, asked, (), range(count), count, 20, "", symbolic,
             {"hidden_size": H, **attributes},
         )  # fmt: skip
         session = onnxruntime.InferenceSession(model.SerializeToString(), quiet())
         feeds = {f"x{i}": v for i, v in enumerate(inputs) if v is not None} | seeds
         feeds = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in feeds.items()}
-        for i, got in zip(wrt, session.run([f"dx{i}" for i in wrt], feeds), strict=True):
+        for i, got in zip(asked, session.run([f"dx{i}" for i in asked], feeds), strict=True):
             np.testing.assert_allclose(got, tensors[i].grad, rtol=1e-4, atol=1e-5, err_msg=f"input {i}")
 
 
