@@ -25,9 +25,10 @@ from onnx.reference.ops import op_conv_transpose, op_loop
 from onnx_ir.passes import common as passes
 
 from onnxcam import layers, onnxfile
-from onnxcam.attaching import EMITS, attach
+from onnxcam.attaching import EMITS, attach, prepared
 from onnxcam.card import Card
 from onnxcam.errors import OnnxcamError, suggest
+from onnxcam.grid import CHANNELS_LAST, TOKENS, Grid
 
 try:
     import torch
@@ -398,7 +399,10 @@ def _verify(
     """
     card = Card.from_metadata(explained.metadata_props)
     assert card is not None
-    found = layers.scores(model)
+    plain = prepared(model)
+    picture, found = layers.picture(plain), layers.scores(plain)
+    grid = layers.find(plain, card.layer, picture, found.logits).grid
+    source = None if card.layer == picture.name else card.layer
     logits = None if found.logits is found.output or card.score == "after" else found.logits.name
 
     def in_torch(x: torch.Tensor) -> _Values:
@@ -406,7 +410,7 @@ def _verify(
             scores, activations = _run(module, x, watched)
             assert activations is not None
             return _Values(scores, activations, scores)
-        return _run_program(program, x, card.layer, logits)
+        return _run_program(program, x, source, logits)
 
     allowed = TOLERANCE[example.dtype]
     off, jump, own = 0.0, math.inf, 0.0
@@ -415,7 +419,8 @@ def _verify(
             x = _random(example, _CHECKED_ROWS, draw)
             values = in_torch(x)
             classes = values.scores.detach().flatten(1).argmax(1, keepdim=True)
-            want = values.scores, values.activations, _gradient(values, classes, card)
+            gradient = _planes(grid, _gradient(values, classes, card))
+            want = values.scores, _planes(grid, values.activations), gradient
             scores, activations, gradients = (
                 _relative_errors(g, w) for g, w in zip(run(x, classes), want, strict=True)
             )
@@ -425,7 +430,7 @@ def _verify(
             if jump <= allowed:
                 return
             nudged = in_torch(x * (1 + 4 * torch.finfo(x.dtype).eps * _random(x, len(x), -1).sign()))
-            noise = _relative_errors(_array(_gradient(nudged, classes, card)), want[2])
+            noise = _relative_errors(_array(_planes(grid, _gradient(nudged, classes, card))), gradient)
             if any(e <= 2 * n <= _LARGEST_JUMP for e, n in zip(gradients, noise, strict=True)):
                 return
             own = max(own, *noise)
@@ -435,14 +440,23 @@ def _verify(
     )
 
 
-def _run_program(program: torch.onnx.ONNXProgram, x: torch.Tensor, layer: str, logits: str | None) -> _Values:
+def _run_program(
+    program: torch.onnx.ONNXProgram, x: torch.Tensor, source: str | None, logits: str | None
+) -> _Values:
     """Run what torch captured; every value has the name there that it has in the model.
+
+    Args:
+        program: what torch captured.
+        x: pictures.
+        source: the layer; None: the pictures themselves.
+        logits: the scores before the softmax that the module ends in; None: it ends in none.
 
     Raises:
         OnnxcamError: the captured program has no such value.
     """
     captured = program.exported_program
     assert captured is not None
+    layer = source or str(captured.graph_signature.user_inputs[0])
     taps = _Taps(captured, layer, logits)
     missing = {layer, logits or layer} - {node.name for node in captured.graph.nodes}
     if missing:
@@ -493,6 +507,17 @@ def _gradient(values: _Values, classes: torch.Tensor, card: Card) -> torch.Tenso
             f"torch finds no gradient at layer {card.layer!r}: does forward() use detach() or no_grad()?"
         )
     return found
+
+
+def _planes(grid: Grid, x: torch.Tensor) -> torch.Tensor:
+    """View an activation or its gradient as [N,C,h,w]."""
+    if grid.order == CHANNELS_LAST:
+        return x.permute(0, 3, 1, 2)
+    if grid.order == TOKENS:
+        assert isinstance(grid.height, int) and isinstance(grid.width, int)
+        tokens = x[:, grid.first : grid.first + grid.height * grid.width]
+        return tokens.transpose(1, 2).reshape(*x.shape[::2], grid.height, grid.width)
+    return x
 
 
 @contextlib.contextmanager
