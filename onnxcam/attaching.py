@@ -158,6 +158,8 @@ def _explain(
 ) -> dict[str, Value]:
     """Emit the whole branch and return the outputs asked for, by name."""
     rules = RULES
+    if method.linear_head and score == "after":
+        raise OnnxcamError(f"{method.name} explains the score before the softmax, which is linear in the map")
     if method.linear_head:
         reason = layers.why_no_linear_head(source.value, found.logits)
         if reason is not None:

@@ -41,7 +41,7 @@ class Net(torch.nn.Module):
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    # Larger weights than usual: Grad-CAM++ divides by powers of the gradient, and peers add an epsilon to them.
+    # Larger weights than usual: peers add an epsilon to powers of the gradient in Grad-CAM++.
     net = Net().eval()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -117,7 +117,7 @@ def test_pytorch_grad_cams_epsilon_in_gradcam_plus_plus(net, picture, explain):
     try:
         index = CLASSES[0]
         expected = by_pytorch_grad_cam("GradCAMPlusPlus", net, picture, index)
-        cam, a, g = explain("gradcam++")
+        _, a, g = explain("gradcam++")
         # The explained file still has the large weights; its gradients are 1000 times those of `net`.
         g = g[:1].astype(np.float64) * 1e-3
         a = a.astype(np.float64)
