@@ -1,7 +1,8 @@
 """Class activation maps inside the ONNX file: Grad-CAM and its family without PyTorch.
 
 ``attach`` adds a gradient branch and maps to an ONNX classifier, ``export`` does so from PyTorch, and
-``Explainer`` runs the result on pictures. Importing the package imports none of them.
+``Explainer`` runs the result on pictures. ``gradient`` adds gradients alone, to any model. Importing the
+package imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxcam.attaching import attach
     from onnxcam.card import Card, Preprocess
+    from onnxcam.differentiating import gradient
     from onnxcam.errors import OnnxcamError
     from onnxcam.exporting import export
     from onnxcam.runtime import Explainer, Explanation, Prediction
@@ -25,11 +27,13 @@ __all__ = [
     "__version__",
     "attach",
     "export",
+    "gradient",
 ]
 
 _HOMES = {
     "attach": "attaching",
     "export": "exporting",
+    "gradient": "differentiating",
     "Card": "card",
     "Preprocess": "card",
     "OnnxcamError": "errors",

@@ -1,0 +1,92 @@
+"""Gradients of any ONNX model as ONNX, without maps or classes."""
+
+import os
+from collections.abc import Sequence
+
+import onnx
+import onnx_ir as ir
+from onnx_ir import Value
+
+from onnxcam import onnxfile
+from onnxcam.attaching import prepared
+from onnxcam.backward import gradient as walk_back
+from onnxcam.emit import Emitter, all_values
+from onnxcam.errors import OnnxcamError, suggest
+
+PREFIX = "gradient"
+
+
+def gradient(
+    model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model",
+    outputs: str | Sequence[str],
+    wrt: str | Sequence[str],
+    path: "str | os.PathLike[str] | None" = None,
+) -> ir.Model:
+    """Add the gradients of a model's outputs with respect to any of its floating-point values.
+
+    The result has one more input ``<output>_seed`` for each of `outputs`, of the output's shape and dtype:
+    what the gradient of that output is multiplied with. It has one more output ``<value>_gradient`` for
+    each of `wrt`, of the value's shape and dtype: the gradient of the sum of all ``seed * output``.
+
+    Args:
+        model: an ONNX file, or a model in memory, which stays as it is.
+        outputs: names of model outputs.
+        wrt: names of floating-point values: inputs, or what any node computes.
+        path: where to write the result; its folder must exist. None: only return it.
+
+    Returns:
+        The model with gradients.
+
+    Raises:
+        OnnxcamError: the model cannot be read, a name is unknown or not of floating point, no output
+            depends on a value, or an operator on the way has no gradient.
+    """
+    own = prepared(model)
+    graph = own.graph
+    values = {value.name or "": value for value in all_values(graph)}
+    sources = _named("value", _names(wrt), values)
+    results = _named("output", _names(outputs), {value.name or "": value for value in graph.outputs})
+    op = Emitter(graph, graph.opset_imports[""], PREFIX)
+    seeds = []
+    for result in results:
+        seed = Value(name=_free(f"{result.name}_seed", values), shape=result.shape, type=result.type)
+        graph.inputs.append(seed)
+        seeds.append(seed)
+    found = []
+    for source in sources:
+        parts = [walk_back(op, y, seed, source) for y, seed in zip(results, seeds, strict=True)]
+        present = [part for part in parts if part is not None]
+        if not present:
+            raise OnnxcamError(f"no gradient reaches {source.name!r} from {', '.join(_names(outputs))}")
+        found.append(op.Identity(present[0]) if len(present) == 1 else op.Sum(*present))
+    for source, value in zip(sources, found, strict=True):
+        value.name, value.shape = _free(f"{source.name}_gradient", values), source.shape
+        graph.outputs.append(value)
+    op.remove_dead(found)
+    own.ir_version = max(own.ir_version, 8)
+    onnxfile.check(own)
+    if path is not None:
+        onnxfile.save(own, path)
+    return own
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _named(what: str, names: Sequence[str], values: dict[str, Value]) -> list[Value]:
+    if not names:
+        raise OnnxcamError(f"no {what} is named")
+    for name in names:
+        if name not in values:
+            raise OnnxcamError(f"the model has no {what} {name!r}{suggest(name, values)}")
+        dtype = values[name].dtype
+        if dtype is None or not dtype.is_floating_point():
+            raise OnnxcamError(f"{what} {name!r} is not of floating point and has no gradient")
+    return [values[name] for name in dict.fromkeys(names)]
+
+
+def _free(name: str, values: dict[str, Value]) -> str:
+    if name in values:
+        raise OnnxcamError(f"the model has a value called {name!r} already; rename it there")
+    return name
