@@ -336,6 +336,14 @@ def layers(
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+@app.command()
+def operators() -> None:
+    """List the operators that a gradient passes through, and why it does not pass through some."""
+    from onnxcam.coverage import table
+
+    typer.echo(table())
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"onnxcam {__version__}")

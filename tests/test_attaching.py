@@ -3,6 +3,8 @@ import json
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx.reference
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -13,7 +15,7 @@ from onnxcam.attaching import attach, heatmap, prepared
 from onnxcam.card import KEY, Card
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
-from tests import graphs
+from tests import checks, graphs
 from tests.checks import quiet, reference, relative_error
 from tests.graphs import build, explained, picture, run
 from tests.test_models import MODELS, ONNX_FILES, for_lite0, for_orientation, for_squeezenet
@@ -654,3 +656,39 @@ def test_the_model_itself_is_never_overwritten(tmp_path, link):
 def test_prepared_copies():
     model = ir.from_proto(build(graphs.LINEAR))
     assert prepared(model) is not model
+
+
+def test_an_operator_of_ones_own_with_a_rule_of_ones_own(monkeypatch):
+    """What docs/operators.md shows, with a custom operator that the test's reference evaluator knows."""
+    from onnxcam.vjp import RULES, vjp
+
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 18, "com.example" : 1]>
+        wobbly (double[N,2,3,4] x) => (double[N,2] s)
+        <double[N,2,3,4] c>
+        {
+            c = com.example.Wobble (x)
+            p = GlobalAveragePool (c)
+            f = Flatten (p)
+            s = MatMul (f, w)
+        }
+    """)
+    w = np.array([[1.0, -2.0], [0.5, 3.0]])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    monkeypatch.setitem(RULES, ("com.example", "Wobble"), None)
+
+    @vjp("Wobble", domain="com.example")
+    def wobble(op, dy, y, x):
+        return op.Mul(dy, op.Cos(x))
+
+    class Wobble(onnx.reference.op_run.OpRun):
+        op_domain = "com.example"
+
+        def _run(self, x):
+            return (np.sin(x),)
+
+    explained = ir.to_proto(attach(model, layer="x", emit=["gradients"]))
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, 4))
+    evaluator = onnx.reference.ReferenceEvaluator(explained, new_ops=[Wobble, *checks.NEW_OPS])
+    (found,) = evaluator.run(["cam_gradients"], {"x": x, "cam_class": np.array([[1]])})
+    np.testing.assert_allclose(found, np.cos(x) * w[:, 1].reshape(1, 2, 1, 1) / 12, rtol=1e-12)

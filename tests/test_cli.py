@@ -25,7 +25,7 @@ from onnxcam import __version__
 from tests.small import FLAGS, classifier, floats, saved
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "attach", "layers", "export")
+COMMANDS = ("run", "attach", "layers", "operators", "export")
 
 
 @pytest.fixture
@@ -677,6 +677,7 @@ def test_help_names_every_option(call, command):
         "layers": "--scores --json",
         "export": "--output --weights --input-size --layer --method --emit --class-input --score --labels "
         "--color --scale --mean --std --resize --interpolation",
+        "operators": "",
     }[command].split()
     assert set(expected) <= set(re.findall(r"--[a-z-]+", text))
 
