@@ -9,7 +9,7 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import constant_ints, dims, extent, is_constant, joined, rank, reshape_like
+from onnxcam.vjp.shapes import constant_ints, dims, extent, is_constant, joined, pad_along, rank, reshape_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +268,7 @@ def causal_conv_with_state(
     if not isinstance(channels, int):
         raise OnnxcamError(f"the number of channels of the convolution with weights {w.name!r} is unknown")
     dy, dstate = (*dys, None)[:2]
-    joined_x = op.Pad(x, [k - 1, 0], None, [2]) if past is None else op.Concat(past, x, axis=2)
+    joined_x = pad_along(op, x, [k - 1, 0], [2]) if past is None else op.Concat(past, x, axis=2)
     window = Window([k], [1], [1], [0], [0])
     djoined, dw, db = None, None, None
     if dy is not None:
@@ -280,7 +280,8 @@ def causal_conv_with_state(
         dw = None if is_constant(w) else _weights(op, dy, joined_x, window, channels)
         db = _bias(op, dy, b)
     if dstate is not None:
-        later = op.Pad(dstate, op.Concat(op.Shape(x, start=2), np.zeros(1, np.int64), axis=0), None, [2])
+        after = op.Concat(op.Shape(x, start=2), np.zeros(1, np.int64), axis=0)
+        later = pad_along(op, dstate, after, [2])
         djoined = later if djoined is None else op.Add(djoined, later)
     assert djoined is not None
     dx = op.Slice(djoined, [k - 1], [np.iinfo(np.int64).max], [2])

@@ -20,6 +20,7 @@ from onnxcam.vjp.shapes import (
     extent,
     is_constant,
     joined,
+    pad_along,
     positions,
     rank,
     unbroadcast,
@@ -406,7 +407,7 @@ def dft(
         size = op.Shape(x, start=at, end=at + 1)
         dx = op.Slice(dx, [0], size, [at])
         missing = op.Sub(size, op.Shape(dx, start=at, end=at + 1))
-        dx = op.Pad(dx, op.Concat(np.array([0]), missing, axis=0), None, [at])
+        dx = pad_along(op, dx, op.Concat(np.array([0]), missing, axis=0), [at])
     parts = dims(x)[-1]
     return dx if parts == 2 else op.Slice(dx, [0], op.Shape(x, start=-1), [-1])
 
