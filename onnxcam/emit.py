@@ -30,7 +30,7 @@ class Emitter:
     a shape.
 
     Attributes:
-        graph: where the nodes go: the main graph, or the body of a Loop.
+        graph: where the nodes go: the main graph, or the body of a Scan.
         nodes: the nodes emitted so far, in order.
     """
 
@@ -57,7 +57,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def body(self, graph: ir.Graph) -> Iterator[None]:
-        """Nodes emitted within the block go to `graph`, the body of a Loop that is yet to be emitted."""
+        """Nodes emitted within the block go to `graph`, the body of a Scan that is yet to be emitted."""
         outer = self.graph
         self.graph = graph
         try:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx.reference
 import onnx_ir as ir
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import op_conv_transpose, op_loop
+from onnx.reference.ops import op_conv_transpose
 from onnx_ir.passes import common as passes
 
 from onnxcam import layers, onnxfile
@@ -548,7 +548,7 @@ def _runtime(path: Path, dtype: torch.dtype) -> Callable[[list[str], dict[str, n
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run
-    return onnx.reference.ReferenceEvaluator(str(path), new_ops=[ConvTranspose, Loop]).run
+    return onnx.reference.ReferenceEvaluator(str(path), new_ops=[ConvTranspose]).run
 
 
 class ConvTranspose(OpRun):
@@ -560,17 +560,6 @@ class ConvTranspose(OpRun):
         plain: Any = op_conv_transpose.ConvTranspose._run
         parts = [plain(self, *part, group=1, **options)[0] for part in zip(xs, ws, bs, strict=True)]
         return (np.concatenate(parts, axis=1),)
-
-
-class Loop(op_loop.Loop):
-    """Scan outputs are stacked along a new axis, where onnx.reference 1.23 joins them along the first one."""
-
-    def _run(self, M: Any, cond: Any, *_: Any, context: Any = None, body: Any = None, **options: Any) -> Any:  # noqa: N803
-        rows = []
-        for trip in range(M):
-            step = dict(zip(body.input_names, (np.array(trip), cond), strict=True))
-            rows.append(body.run(None, {**context, **step}, attributes=options["attributes"])[1:])
-        return tuple(np.stack(row) for row in zip(*rows, strict=True))
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -60,7 +60,7 @@ def class_gradients(
     """Emit the gradient of the scores of K classes of each image with respect to `source`.
 
     Where the gradient depends on nothing but the class (a linear head), one walk with N*K rows gives
-    all of them. Elsewhere a Loop goes over the K classes, so that the N rows of each walk match the N
+    all of them. Elsewhere a Scan goes over the K classes, so that the N rows of each walk match the N
     rows of the forward values it reads and none of these is ever repeated. During the walk the size of
     the batch is hidden, so that no rule can write it into the graph.
 
@@ -90,7 +90,7 @@ def class_gradients(
             seed.replace_all_uses_with(_one_hot(op, op.Reshape(index, [-1]), scores))
         return _split_rows(op, found, index, source)
     _rename_rows((value for node in walk for value in node.outputs), ROWS, batch)
-    return _loop(op, walk, found, seed, scores, index)
+    return _scan(op, walk, found, seed, scores, index)
 
 
 def _rename_rows(values: Iterable[Value], old: int | str | None, new: int | str | None) -> None:
@@ -149,26 +149,25 @@ def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value
     return op.Reshape(found, op.Concat(rows, op.Shape(source, start=1), axis=0))
 
 
-def _loop(
+def _scan(
     op: Emitter, walk: Sequence[ir.Node], found: Value, seed: Value, scores: Value, index: Value
 ) -> Value:
-    """Move the walk into the body of a Loop over the classes and return its results, stacked on axis 1."""
-    step = Value(name=op.fresh("class"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    go_on = Value(name=op.fresh("go_on"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
-    body = ir.Graph([step, go_on], [], nodes=[], name=op.fresh("gradient_of_one_class"))
+    """Move the walk into the body of a Scan over the classes and return its results, stacked on axis 1."""
+    classes = Value(
+        name=op.fresh("classes"), shape=ir.Shape([dims(scores)[0]]), type=ir.TensorType(ir.DataType.INT64)
+    )
+    body = ir.Graph([classes], [], nodes=[], name=op.fresh("gradient_of_one_class"))
     outer = op.graph
     with op.body(body):
-        still = op.Identity(go_on)
-        seed.replace_all_uses_with(_one_hot(op, op.Gather(index, step, axis=1), scores))
+        seed.replace_all_uses_with(_one_hot(op, classes, scores))
         for node in walk:
             if node.graph is outer:  # the body of a Scan moves with the Scan
                 outer.remove(node)
                 body.append(node)
         if found is seed or found.producer() not in walk:
             found = op.Identity(found)
-    body.outputs.extend([still, found])
-    trips = op.Squeeze(op.Shape(index, start=1, end=2), [0])
-    stacked = op.Loop(trips, np.array(True), body=body)
+    body.outputs.append(found)
+    stacked = op.Scan(op.Transpose(index, perm=[1, 0]), body=body, num_scan_inputs=1)
     stacked.type = found.type
     if found.shape is not None:
         stacked.shape = ir.Shape([None, *found.shape])

@@ -242,15 +242,13 @@ def test_before_goes_into_the_graph_of_the_node():
 
 
 def looped(op, x, trips=3):
-    """x * 0, x * 1, ... in a Loop; the 7 is a constant of the main graph."""
+    """x * 0, x * 1, ... in a Scan; the 7 is a constant of the main graph."""
     step = ir.Value(name=op.fresh("step"), shape=ir.Shape([]), type=ir.TensorType(INT64))
-    go_on = ir.Value(name=op.fresh("go_on"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
-    body = ir.Graph([step, go_on], [], nodes=[], name="body")
+    body = ir.Graph([step], [], nodes=[], name="body")
     with op.body(body):
-        still = op.Identity(go_on)
         y = op.Add(op.Mul(x, op.Cast(step, to=FLOAT)), 7.0)
-    body.outputs.extend([still, y])
-    stacked = op.Loop(np.int64(trips), np.array(True), body=body)
+    body.outputs.append(y)
+    stacked = op.Scan(np.arange(trips), body=body, num_scan_inputs=1)
     stacked.type, stacked.shape = y.type, ir.Shape([None, *y.shape])
     return stacked
 
@@ -258,8 +256,8 @@ def looped(op, x, trips=3):
 def test_a_body_gets_the_nodes_and_the_main_graph_the_constants():
     op, x = emitter([2])
     y = looped(op, x)
-    assert [n.op_type for n in op.graph] == ["Loop"]
-    assert len(op.graph.initializers) == 3
+    assert [n.op_type for n in op.graph] == ["Scan"]
+    assert len(op.graph.initializers) == 2
     (found,) = evaluate(op, op.Identity(y), x0=np.array([1, 10], np.float32))
     np.testing.assert_array_equal(found, [[7, 7], [8, 17], [9, 27]])
 
@@ -331,6 +329,6 @@ def test_a_living_loop_loses_what_is_dead_in_its_body():
     with op.body(body):
         op.Exp(op.Mul(x, 5.0))
     op.remove_dead([y])
-    assert [n.op_type for n in body] == ["Identity", "Cast", "Mul", "Add"]
+    assert [n.op_type for n in body] == ["Cast", "Mul", "Add"]
     (found,) = evaluate(op, y, x0=np.array([1, 10], np.float32))
     np.testing.assert_array_equal(found[2], [9, 27])

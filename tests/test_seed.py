@@ -113,7 +113,7 @@ def test_rows_of_the_gradient(name, batch):
     by_ort = run(single, {"x": x.astype(np.float32), "cam_class": classes})
     assert relative_error(by_ort["cam_gradients"], wanted) <= 1e-5
     if name in ROWS and batch != "anonymous":
-        assert all(node.op_type != "Loop" for node in added.graph.node), "a Loop where none is needed"
+        assert all(node.op_type != "Scan" for node in added.graph.node), "a Scan where none is needed"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_both_routes_give_the_same_numbers(graph, layer, monkeypatch):
     rows = explained(build(graph, dtype="double"), layer=layer)
     monkeypatch.setattr(seed, "_serves_any_rows", lambda *_: False)
     loop = explained(build(graph, dtype="double"), layer=layer)
-    assert [any(n.op_type == "Loop" for n in m.graph.node) for m in (rows, loop)] == [False, True]
+    assert [any(n.op_type == "Scan" for n in m.graph.node) for m in (rows, loop)] == [False, True]
     got, wanted = run(rows, feeds, by="ref"), run(loop, feeds, by="ref")
     for name, value in wanted.items():
         assert relative_error(got[name], value) <= 1e-6 if value.dtype == np.float32 else 1e-12, name

@@ -221,7 +221,7 @@ SEQUENCE = """(T[N,3,4,6] x) => (T[N,5] scores)
 
 
 def test_gradients_of_a_classifier_that_reads_the_feature_map_as_a_sequence():
-    """The Scans lie in the body of the Loop over the classes; Y and Y_h both lead to the scores."""
+    """The Scans lie in the body of the Scan over the classes; Y and Y_h both lead to the scores."""
     model = build(SEQUENCE)
     w = {name: torch.tensor(array) for name, array in weights_of(model).items()}
     x, classes = picture(2, 3, 4, 6), np.array([[0, 3], [4, 1]])
