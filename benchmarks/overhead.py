@@ -21,6 +21,8 @@ MODELS = Path(__file__).parents[1] / "models"
 def session(path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 2
+    # A session's idle threads would otherwise go on spinning on the cores that the other one needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

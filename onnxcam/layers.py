@@ -17,6 +17,7 @@ _REGROUPING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze",
 NORMALISATIONS = ("LayerNormalization", "RMSNormalization", "SkipLayerNormalization")
 """Operators that make the input of a transformer's block."""
 
+_PASSING = (*_REGROUPING, "Dropout")
 _PROBABILITY = ("Softmax", "Sigmoid", "HardSigmoid")
 
 
@@ -233,21 +234,18 @@ def why_no_linear_head(source: ir.Value, logits: ir.Value) -> str | None:
         None if they are: pooling over the whole plane and one matrix of weights (a linear layer or a
         1x1 convolution, whose ReLU is allowed where the pooling follows it) are all that lies between.
     """
-    weighted, pooled, rectified = 0, False, False
+    weighted, pooled = 0, False
     for node in path(logits, source):
         if _is_weighted(node) and node.op_type != "ConvTranspose" and not node.domain:
             if node.op_type == "Conv" and any(k != 1 for k in dims(node.inputs[1])[2:]):  # type: ignore[arg-type]
                 return f"node {node.name!r} is a convolution wider than 1x1"
             weighted += 1
         elif _pools_plane(node):
-            if rectified and not weighted:
-                return f"node {node.name!r} pools what a Relu has changed"
             pooled = True
-        elif node.op_type == "Relu" and weighted == 1 and not pooled:
-            rectified = True
-        elif node.op_type in ("Add", "Sub") and any(v is not None and is_constant(v) for v in node.inputs):
-            continue
-        elif node.op_type not in (*_REGROUPING, "Dropout"):
+        elif node.op_type in ("Add", "Sub"):
+            if not any(v is not None and is_constant(v) for v in node.inputs):
+                return f"node {node.name!r} ({node.op_type}) joins it with another value"
+        elif not (node.op_type == "Relu" and weighted and not pooled) and node.op_type not in _PASSING:
             return f"node {node.name!r} ({node.op_type}) lies between the layer and the scores"
     if weighted != 1:
         return f"{weighted} weighted layers lie between the layer and the scores"
