@@ -117,7 +117,10 @@ Layer = Annotated[
 Method = Annotated[str | None, typer.Option(help="How the map is made: gradcam, gradcam++, hirescam, cam.")]
 ScoreOption = Annotated[Score | None, typer.Option(help="Explain the score before or after the softmax.")]
 Scores = Annotated[str | None, typer.Option(help="The output that holds the class scores, if several could.")]
-Labels = Annotated[Path | None, typer.Option(help="A text file with a class name on each line.")]
+# readable=False: whether a file can be read shows when it is opened, in our own words and for each picture.
+Labels = Annotated[
+    Path | None, typer.Option(help="A text file with a class name on each line.", readable=False)
+]
 Size = Annotated[
     str | None, typer.Option(help="Input size, if the model leaves it open: 224 or HEIGHTxWIDTH.")
 ]
@@ -142,13 +145,19 @@ ClassInputOption = Annotated[
     ClassInput,
     typer.Option(help="Whether cam_class may be left out; some runtimes need it required."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where the explained model is written.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Where the explained model is written.", readable=False)
+]
 
 
 @app.command()
 def run(
-    model: Annotated[Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE")],
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL", readable=False)
+    ],
+    images: Annotated[
+        list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE", readable=False)
+    ],
     classes: Annotated[
         list[str] | None,
         typer.Option(
@@ -163,7 +172,7 @@ def run(
     score: ScoreOption = None,
     scores: Scores = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.", readable=False)
     ] = Path("onnxcam-out"),
     provider: Annotated[Provider, typer.Option(help="Where onnxruntime runs the model.")] = Provider.cpu,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
@@ -218,7 +227,9 @@ def run(
 
 @app.command()
 def attach(
-    model: Annotated[Path, typer.Argument(help="An ONNX classifier; it stays as it is.", metavar="MODEL")],
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX classifier; it stays as it is.", metavar="MODEL", readable=False)
+    ],
     output: Output,
     layer: Layer = None,
     method: Method = None,
@@ -259,7 +270,9 @@ def attach(
 def export(
     spec: Annotated[str, typer.Argument(help="package.module:factory of a PyTorch model.", metavar="SPEC")],
     output: Output,
-    weights: Annotated[Path | None, typer.Option(help="State dict, .pt/.pth or .safetensors.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict, .pt/.pth or .safetensors.", readable=False)
+    ] = None,
     input_size: Annotated[str, typer.Option(help="Input size: 224 or HEIGHTxWIDTH.")] = "224",
     channels: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 3,
     layer: Layer = None,
@@ -298,7 +311,7 @@ def export(
 
 @app.command()
 def layers(
-    model: Annotated[Path, typer.Argument(help="An ONNX classifier.", metavar="MODEL")],
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier.", metavar="MODEL", readable=False)],
     scores: Scores = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each layer.")] = False,
 ) -> None:

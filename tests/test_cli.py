@@ -800,3 +800,25 @@ def test_interrupt(small_explained, photo, tmp_path):
     assert process.returncode not in (0, 2)
     assert b"Traceback" not in err
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_picture_that_may_not_be_read_is_reported_and_the_rest_go_on(
+    call, monkeypatch, small_explained, photo, tmp_path
+):
+    locked = tmp_path / "locked.png"
+    locked.write_bytes(photo.read_bytes())
+    read, access = Path.read_bytes, os.access
+
+    def may_read(path):
+        return Path(path).name != locked.name
+
+    def guarded(path):
+        if not may_read(path):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", guarded)
+    monkeypatch.setattr(os, "access", lambda path, mode: may_read(path) and access(path, mode))
+    code, out, err = call("run", small_explained, locked, photo, *FLAGS, "-o", tmp_path / "o")
+    assert (code, err) == (1, f"onnxcam: cannot read {locked}: Permission denied\n")
+    assert photo.name in out
