@@ -12,15 +12,19 @@ from onnx_ir import Value
 
 from onnxcam import __version__, layers, onnxfile
 from onnxcam.card import KEY, LAYOUTS, Card, Preprocess
+from onnxcam.dialects import DIALECTS, Dialect
 from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError, suggest
+from onnxcam.explaining import EVIDENCE, FUSIONS, SMOOTHINGS, Request, explain
+from onnxcam.grid import Grid
 from onnxcam.methods import METHODS, Method
-from onnxcam.seed import ROWS, class_gradients, resolve_classes
+from onnxcam.probe import Probe
+from onnxcam.seed import ROWS, class_seeds
 from onnxcam.simplify import simplify
-from onnxcam.vjp import RULES
+from onnxcam.vjp import RULES, VARIANTS
 from onnxcam.vjp.shapes import dims
 
-EMITS = ("cam", "heatmap", "activations", "gradients")
+EMITS = ("cam", "heatmap", "activations", "gradients", "attributions")
 CLASS_INPUTS = ("optional", "required")
 SCORES = ("before", "after")
 PREFIX = "cam"
@@ -30,6 +34,7 @@ _OUTPUTS = {
     "heatmap": "cam_heatmap",
     "activations": "cam_activations",
     "gradients": "cam_gradients",
+    "attributions": "cam_attributions",
 }
 _CLASS_INPUT = "cam_class"
 
@@ -38,8 +43,12 @@ def attach(
     model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model",
     path: "str | os.PathLike[str] | None" = None,
     *,
-    layer: str | None = None,
+    layer: str | Sequence[str] | None = None,
     method: str = "gradcam",
+    evidence: str | None = None,
+    fuse: str = "mean",
+    smooth: Sequence[str] = (),
+    compat: str = "paper",
     emit: Sequence[str] = ("cam", "heatmap"),
     class_input: str = "optional",
     score: str = "before",
@@ -55,9 +64,16 @@ def attach(
         model: an ONNX file, or a model in memory, which stays as it is.
         path: where to write the explained model; its folder must exist. None: only return it.
         layer: the activation to explain, [N,C,h,w], [N,h,w,C] or tokens [N,T,C]: a value name, a node name
-            or a PyTorch module path. None: the last feature map before the head that a gradient reaches.
+            or a PyTorch module path. None: the last feature map before the head that a gradient reaches. Of
+            several layers the maps are joined.
         method: a key of ``onnxcam.methods.METHODS``.
-        emit: outputs to add, of ``cam``, ``heatmap``, ``activations``, ``gradients``.
+        evidence: what of the map is kept: ``for`` the class (above zero), ``against`` it (below zero),
+            ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper.
+        fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``.
+        smooth: ``augmentation`` averages over mirrored, weaker and stronger pictures; ``eigen`` takes the
+            first principal component of what would be summed over the channels.
+        compat: whose numbers the maps have, a key of ``onnxcam.dialects.DIALECTS``.
+        emit: outputs to add, of ``cam``, ``heatmap``, ``activations``, ``gradients``, ``attributions``.
         class_input: ``optional`` (``cam_class`` defaults to the best class) or ``required``, for runtimes
             that cannot override an initializer.
         score: explain the class score ``before`` or ``after`` the softmax.
@@ -72,7 +88,14 @@ def attach(
     Raises:
         OnnxcamError: the model cannot be read or explained, or an argument is wrong.
     """
-    chosen = _method(method)
+    _one_of("compat", compat, list(DIALECTS))
+    dialect = DIALECTS[compat]
+    request = Request(_method(method, dialect), dialect, evidence, fuse, tuple(smooth))
+    if evidence is not None:
+        _one_of("evidence", evidence, EVIDENCE)
+    _one_of("fuse", fuse, FUSIONS)
+    for name in smooth:
+        _one_of("smoothing", name, SMOOTHINGS)
     _one_of("score", score, SCORES)
     _one_of("class input", class_input, CLASS_INPUTS)
     for name in emit:
@@ -91,27 +114,25 @@ def attach(
             )
     picture = layers.picture(model)
     found = layers.scores(model, scores)
-    source = (
-        layers.find(model, layer, picture, found.logits)
-        if layer is not None
-        else layers.default(layers.explainable(picture, found.logits), picture, found.logits)
-    )
     prepares = _preprocess(picture, preprocess)
+    at = _layout(picture, prepares.layout)
+    sources = _sources(model, layer, picture, at, found.logits, request.method)
     card = Card(
         input=prepares,
         scores=found.output.name or "",
         scores_are=found.are,
-        layer=source.name,
+        layer=", ".join(source.name for source in sources),
         method=method,
         score=score,
-        module=source.module,
-        grid=None if source.grid.order == "NCHW" else str(source.grid),
+        compat=None if compat == "paper" else compat,
+        evidence=evidence,
+        module=sources[0].module if len(sources) == 1 else None,
+        grid=str(sources[0].grid) if len(sources) == 1 and sources[0].grid.order != "NCHW" else None,
         labels=_labels(labels, found.output),
         tool=f"onnxcam {__version__}",
     )
     op = Emitter(graph, graph.opset_imports[""], PREFIX)
-    rows = 2 if prepares.layout == "NCHW" else 1
-    outputs = _explain(op, picture, rows, found, source, chosen, score, class_input, emit)
+    outputs = _explain(op, picture, at, found, sources, request, score, class_input, emit)
     simplify(op)
     op.remove_dead(list(outputs.values()))
     for name, value in outputs.items():
@@ -145,97 +166,92 @@ def prepared(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir
     return onnxfile.normalise(own)
 
 
+def _sources(
+    model: ir.Model,
+    names: str | Sequence[str] | None,
+    picture: Value,
+    at: Grid,
+    logits: Value,
+    method: Method,
+) -> list[layers.Layer]:
+    """Return the layers that the method looks at."""
+    if method.at_picture:
+        if names is not None:
+            raise OnnxcamError(f"{method.name} looks at the picture itself; leave the layer out")
+        return [layers.Layer(picture, "Input", "", None, at)]
+    if names is None:
+        return [layers.default(layers.explainable(picture, logits), picture, logits)]
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    return [layers.find(model, name, picture, logits) for name in wanted]
+
+
+def _layout(picture: Value, layout: str) -> Grid:
+    """How the picture lies in the model's input."""
+    rows = 2 if layout == "NCHW" else 1
+    height, width = dims(picture)[rows : rows + 2]
+    return Grid(layout, height, width)
+
+
 def _explain(
     op: Emitter,
     picture: Value,
-    rows: int,
+    at: Grid,
     found: layers.Scores,
-    source: layers.Layer,
-    method: Method,
+    sources: Sequence[layers.Layer],
+    request: Request,
     score: str,
     class_input: str,
     emit: Sequence[str],
 ) -> dict[str, Value]:
     """Emit the whole branch and return the outputs asked for, by name."""
-    rules = RULES
+    method = request.method
     if method.linear_head and score == "after":
         raise OnnxcamError(f"{method.name} explains the score before the softmax, which is linear in the map")
     if method.linear_head:
-        reason = layers.why_no_linear_head(source.value, found.logits)
-        if reason is not None:
-            raise OnnxcamError(
-                f"{method.name} needs a head that averages the feature map and weighs its channels, "
-                f"but {reason}; use gradcam, which is the same map on such a head and works on any"
-            )
-        # The class map of a convolution that ends in ReLU is taken before the ReLU.
-        rules = {**RULES, ("", "Relu"): RULES["", "Identity"]}
+        for source in sources:
+            reason = layers.why_no_linear_head(source.value, found.logits)
+            if reason is not None:
+                raise OnnxcamError(
+                    f"{method.name} needs a head that averages the feature map and weighs its channels, "
+                    f"but {reason}; use gradcam, which is the same map on such a head and works on any"
+                )
     with op.scope("class"):
         ranked = _as_rows(op, found.output)
         explained = _as_rows(op, _logits(op, found))
         if score == "after":
             explained = ranked if found.are == "probabilities" else op.Softmax(explained, axis=1)
-        index, valid = resolve_classes(op, ranked, _class_input(op, class_input))
-    da = class_gradients(op, explained, index, source.value, rules)
-    if da is None:
-        raise OnnxcamError(f"layer {source.name!r} does not influence the scores: no gradient reaches it")
-    with op.scope("layer"):
-        activation, da = source.grid.planes(op, source.value), source.grid.planes(op, da)
-    outputs = {}
-    with op.scope(method.name):
-        a = op.Unsqueeze(activation, [1])
-        map_ = op.Cast(method.function(op, a, da), to=ir.DataType.FLOAT)
-        known = op.Unsqueeze(valid, [2, 3])
-        outputs["cam"] = op.Where(known, map_, np.float32(np.nan))
-    if "heatmap" in emit:
-        with op.scope("heatmap"):
-            outputs["heatmap"] = heatmap(op, outputs["cam"], picture, rows)
+        seeds = class_seeds(op, ranked, explained, _class_input(op, class_input))
+        if request.evidence == "counterfactual":
+            seeds = seeds.negated(op)
+    rules = {**RULES, **VARIANTS[method.rules]} if method.rules else RULES
+    probes = [
+        Probe(op, picture, at, source.value, source.grid, explained, seeds, rules) for source in sources
+    ]
+    outputs = explain(op, probes, request, emit)
+    valid = seeds.valid
+    if valid is not None:
+        outputs["cam"] = op.Where(op.Unsqueeze(valid, [2, 3]), outputs["cam"], np.float32(np.nan))
+        outputs["heatmap"] = op.Where(op.Unsqueeze(valid, [2, 3]), outputs["heatmap"], np.float32(0))
     if "activations" in emit:
-        outputs["activations"] = op.Identity(activation)
-    if "gradients" in emit:
-        with op.scope("gradients"):
-            full = op.Expand(da, op.Shape(a, start=2))
-            shown = op.Where(op.Unsqueeze(valid, [2, 3, 4]), full, np.nan)
-            shape = op.Concat(np.array([-1]), op.Shape(activation, start=1), axis=0)
-            outputs["gradients"] = op.Reshape(shown, shape)
+        if len(probes) > 1:
+            raise OnnxcamError("activations are those of one layer; there are several")
+        outputs["activations"] = op.Identity(probes[0].activation())
+    for name in ("gradients", "attributions"):
+        if name in emit:
+            outputs[name] = _in_rows(op, outputs[name], valid, probes[0])
     for name, value in outputs.items():
-        value.shape = _declared_shape(name, picture, rows, activation)
+        value.shape = _declared_shape(name, picture, at, probes)
     return {name: outputs[name] for name in EMITS if name in emit}
 
 
-def heatmap(op: Emitter, cam: Value, picture: Value, rows: int = 2) -> Value:
-    """Resize maps to the picture (bilinear, half-pixel centres) and scale each to [0,1].
-
-    A map that is flat or has a value that is not finite becomes all zeros.
-
-    Args:
-        op: where the nodes go.
-        cam: float32 [N,K,h,w].
-        picture: the model's input, [N,C,H,W] or [N,H,W,C].
-        rows: the axis of H there.
-
-    Returns:
-        float32 [N,K,H,W].
-    """
-    size = dims(picture)[rows : rows + 2]
-    sizes = size if all(isinstance(d, int) for d in size) else op.Shape(picture, start=rows, end=rows + 2)
-    # Up to half the largest number, so that the span from minimum to maximum is finite too.
-    small = op.LessOrEqual(op.Abs(cam), float(np.finfo(np.float32).max) / 2)
-    finite = op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3])
-    # A flat map is zero before the resizing, whose weights add up to 1 only nearly.
-    varied = op.Greater(op.ReduceMax(cam, [2, 3]), op.ReduceMin(cam, [2, 3]))
-    clean = op.Where(op.And(op.Greater(finite, 0.0), varied), cam, 0.0)
-    full = op.Resize(
-        clean,
-        None,
-        None,
-        sizes,
-        axes=[2, 3],
-        mode="linear",
-        coordinate_transformation_mode="half_pixel",
-    )
-    low = op.ReduceMin(full, [2, 3])
-    span = op.Sub(op.ReduceMax(full, [2, 3]), low)
-    return op.Div(op.Sub(full, low), op.Where(op.Greater(span, 0.0), span, 1.0))
+def _in_rows(op: Emitter, value: Value, valid: Value | None, probe: Probe) -> Value:
+    """View [N,K,C,h,w] as [N*K,C,h,w]; NaN where there is no such class."""
+    plane = op.Shape(probe.activation(), start=1)
+    with op.scope("gradients"):
+        full = op.Expand(value, op.Concat(np.array([1, 1]), plane, axis=0))
+        if valid is not None:
+            full = op.Where(op.Unsqueeze(valid, [2, 3, 4]), full, np.nan)
+        return op.Reshape(full, op.Concat(np.array([-1]), plane, axis=0))
 
 
 def _class_input(op: Emitter, kind: str) -> Value:
@@ -271,15 +287,18 @@ def _as_rows(op: Emitter, scores: Value) -> Value:
     return scores if len(dims(scores)) == 2 else op.Flatten(scores, axis=1)
 
 
-def _declared_shape(name: str, picture: Value, rows: int, activation: Value) -> ir.Shape:
-    batch, kinds = dims(picture)[0], "cam_classes"
-    channels, *plane = dims(activation)[1:]
+def _declared_shape(name: str, picture: Value, at: Grid, probes: Sequence[Probe]) -> ir.Shape:
+    batch, kinds, photo = dims(picture)[0], "cam_classes", [at.height, at.width]
+    channels, *plane = dims(probes[0].activation())[1:]
+    if len(probes) > 1:
+        plane = [None, None]
     return ir.Shape(
         {
             "cam": [batch, kinds, *plane],
-            "heatmap": [batch, kinds, *dims(picture)[rows : rows + 2]],
+            "heatmap": [batch, kinds, *photo],
             "activations": [batch, channels, *plane],
             "gradients": [ROWS, channels, *plane],
+            "attributions": [ROWS, channels, *plane],
         }[name]
     )
 
@@ -318,12 +337,12 @@ def _labels(labels: Sequence[str] | None, scores: Value) -> tuple[str, ...] | No
     return tuple(labels)
 
 
-def _method(name: str) -> Method:
+def _method(name: str, dialect: Dialect) -> Method:
     if name not in METHODS:
         raise OnnxcamError(
             f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
         )
-    return METHODS[name]
+    return dialect.method(name)
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:

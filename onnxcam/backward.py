@@ -1,6 +1,6 @@
 """The reverse walk: from the gradient of a score back to the gradient of one activation."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -9,30 +9,16 @@ from onnxcam.errors import OnnxcamError
 from onnxcam.vjp import RULES, Rule
 
 
-def path(output: ir.Value, source: ir.Value) -> list[ir.Node]:
-    """Return the nodes through which `source` can influence `output`, in the order they run.
+def path(output: ir.Value, *sources: ir.Value) -> list[ir.Node]:
+    """Return the nodes through which `sources` can influence `output`, in the order they run.
 
     Only floating-point values carry influence, and quantised ones, which stand for floating-point
     values: a gradient does not pass through indices or shapes.
     """
-    ancestors: list[ir.Node] = []
-    seen: set[ir.Node] = set()
-    stop = source.producer()
-    stack = [(output.producer(), False)]
-    while stack:
-        node, expanded = stack.pop()
-        if node is None or node is stop:
-            continue
-        if expanded:
-            ancestors.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((value.producer(), False) for value in _reads(node))
-    depends = {source}
+    depends = set(sources)
     on_path = []
-    for node in ancestors:
-        if any(value in depends for value in _reads(node)):
+    for node in ancestors([output], stop=sources[0].producer() if len(sources) == 1 else None):
+        if any(value in depends for value in reads(node)):
             reached = [v for v in node.outputs if _carries(node, v, depends)]
             if reached:
                 depends.update(reached)
@@ -40,7 +26,25 @@ def path(output: ir.Value, source: ir.Value) -> list[ir.Node]:
     return on_path
 
 
-def _reads(node: ir.Node) -> list[ir.Value]:
+def ancestors(values: Iterable[ir.Value], stop: ir.Node | None = None) -> list[ir.Node]:
+    """Return the nodes that compute `values`, in the order they run; none from `stop` on back."""
+    found: list[ir.Node] = []
+    seen: set[ir.Node] = set()
+    stack = [(value.producer(), False) for value in values]
+    while stack:
+        node, expanded = stack.pop()
+        if node is None or node is stop:
+            continue
+        if expanded:
+            found.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((value.producer(), False) for value in reads(node))
+    return found
+
+
+def reads(node: ir.Node) -> list[ir.Value]:
     """Return the values that `node` reads, those that its subgraphs capture included."""
     bodies = [a.value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
     inner = [n for body in bodies for n in ir.traversal.RecursiveGraphIterator(body)]
@@ -66,30 +70,39 @@ def gradient(
     source: ir.Value,
     rules: Mapping[tuple[str, str], Rule] = RULES,
 ) -> ir.Value | None:
-    """Emit the gradient of ``sum(seed * output)`` with respect to `source`.
+    """Emit the gradient of ``sum(seed * output)`` with respect to `source`; see `gradients`."""
+    return gradients(op, output, seed, [source], rules)[0]
+
+
+def gradients(
+    op: Emitter,
+    output: ir.Value,
+    seed: ir.Value,
+    sources: Sequence[ir.Value],
+    rules: Mapping[tuple[str, str], Rule] = RULES,
+) -> list[ir.Value | None]:
+    """Emit the gradients of ``sum(seed * output)`` with respect to `sources`, in one walk.
 
     Args:
         op: where the nodes go.
         output: a floating-point value of the graph.
         seed: same shape and dtype as `output`.
-        source: any floating-point value of the graph.
+        sources: any floating-point values of the graph.
         rules: the rule of each operator.
 
     Returns:
-        A value of the shape and dtype of `source`, or None if `source` does not influence `output`.
+        For each source a value of its shape and dtype, or None if it does not influence `output`.
 
     Raises:
         OnnxcamError: an operator on the way has no rule, or one that does not cover the node.
     """
-    if output is source:
-        return seed
-    gradients: dict[ir.Value, ir.Value] = {output: seed}
-    active = {source}
-    nodes = path(output, source)
+    found: dict[ir.Value, ir.Value] = {output: seed}
+    active = set(sources)
+    nodes = path(output, *sources)
     for node in nodes:
         active.update(node.outputs)
     for node in reversed(nodes):
-        arriving = [gradients.get(value) for value in node.outputs]
+        arriving = [found.get(value) for value in node.outputs]
         if all(dy is None for dy in arriving):
             continue
         rule = rules.get((node.domain, node.op_type))
@@ -107,9 +120,9 @@ def gradient(
             for value, dx in zip(node.inputs, leaving, strict=True):
                 if value is None or dx is None or value not in active:
                     continue
-                before = gradients.get(value)
-                gradients[value] = dx if before is None else op.Add(before, dx)
-    return gradients.get(source)
+                before = found.get(value)
+                found[value] = dx if before is None else op.Add(before, dx)
+    return [found.get(source) for source in sources]
 
 
 def _no_rule(node: ir.Node, rules: Iterable[tuple[str, str]]) -> str:

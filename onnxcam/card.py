@@ -119,6 +119,9 @@ class Card:
         layer: name of the ONNX value that the map is made from.
         method: the method's name, such as ``gradcam``.
         score: ``before`` or ``after`` the softmax: which score the gradient is of.
+        compat: whose numbers the map has; None: the method's paper's.
+        evidence: what of the map is kept, ``for``, ``against``, ``both`` or ``counterfactual``; None: as in
+            the method's paper.
         module: PyTorch module path of the layer, where the exporter recorded it.
         grid: how the map's plane lies in the layer, such as ``tokens 1 to 196 as 14x14``; None if the layer
             is [N,C,h,w].
@@ -134,6 +137,8 @@ class Card:
     method: str
     score: str
     tool: str
+    compat: str | None = None
+    evidence: str | None = None
     module: str | None = None
     grid: str | None = None
     labels: tuple[str, ...] | None = None

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -108,12 +108,48 @@ class Emitter:
             value.name = name if index == 0 else f"{name}:{index}"
         if not any(isinstance(value, ir.Graph) for value in attributes.values()):
             self._infer(schema, node)
+        self._append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def _append(self, node: ir.Node) -> None:
         if self._anchor is None:
             self.graph.append(node)
         else:
             self._anchor.graph.insert_before(self._anchor, node)  # type: ignore[union-attr]
         self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def copy(self, node: ir.Node, substitutes: Mapping[ir.Value, ir.Value]) -> list[ir.Value]:
+        """Append `node` again, reading substitutes instead of the values they stand for; return its outputs.
+
+        The outputs get the types and shapes of the original's.
+        """
+        attributes = []
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                body = attribute.as_graph().clone(allow_outer_scope_values=True)
+                for inner in ir.traversal.RecursiveGraphIterator(body):
+                    for index, value in enumerate(inner.inputs):
+                        if value is not None and value in substitutes:
+                            inner.replace_input_with(index, substitutes[value])
+                for value in all_values(body):
+                    value.name = self.fresh(value.name or "value")
+                attribute = ir.AttrGraph(attribute.name, body)
+            attributes.append(attribute)
+        name = self.fresh(node.name or node.op_type)
+        copied = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if value is None else substitutes.get(value, value) for value in node.inputs],
+            attributes,
+            num_outputs=len(node.outputs),
+            overload=node.overload,
+            name=name,
+        )
+        for index, (value, original) in enumerate(zip(copied.outputs, node.outputs, strict=True)):
+            value.name = (name if index == 0 else f"{name}:{index}") if original.name else ""
+            value.type, value.shape = original.type, original.shape
+        self._append(copied)
+        return list(copied.outputs)
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Return an initializer of the main graph that holds `array`; equal arrays share one."""

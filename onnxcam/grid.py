@@ -67,6 +67,21 @@ class Grid:
         turned = op.Transpose(x, perm=[*range(ndim - 2), ndim - 1, ndim - 2])
         return op.Reshape(turned, [0] * (ndim - 1) + [self.height, self.width])
 
+    def restore(self, op: Emitter, planes: Value, original: Value) -> Value:
+        """Undo `planes` for [N,C,h,w]; tokens beside the plane are those of `original`."""
+        if self.order == PLANES:
+            return planes
+        if self.order == CHANNELS_LAST:
+            return op.Transpose(planes, perm=[0, 2, 3, 1])
+        tokens = op.Transpose(op.Reshape(planes, [0, 0, -1]), perm=[0, 2, 1])
+        last = self.first + self._count()
+        parts = [tokens]
+        if self.first:
+            parts.insert(0, op.Slice(original, [0], [self.first], [1]))
+        if dims(original)[1] != last:
+            parts.append(op.Slice(original, [last], [np.iinfo(np.int64).max], [1]))
+        return op.Concat(*parts, axis=1) if len(parts) > 1 else tokens
+
     def plane_of(self, live: np.ndarray) -> np.ndarray:
         """Return the part of a mask over tokens that belongs to the plane."""
         return live[self.first : self.first + self._count()]

@@ -1,15 +1,19 @@
 """From the classes that a user asks for to the gradients of their scores."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
-from onnxcam.backward import gradient, path
+from onnxcam.backward import gradient, gradients, path
 from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError
+from onnxcam.loops import each
 from onnxcam.vjp import RULES, Rule
-from onnxcam.vjp.shapes import dims, is_constant
+from onnxcam.vjp.shapes import dims, is_constant, rank
 
 ROWS = "cam_rows"
 """Name of the leading dimension of a gradient that has a row for each image and class."""
@@ -50,47 +54,130 @@ def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, 
     return index, valid
 
 
-def class_gradients(
-    op: Emitter,
-    scores: Value,
-    index: Value,
-    source: Value,
-    rules: Mapping[tuple[str, str], Rule] = RULES,
-) -> Value | None:
-    """Emit the gradient of the scores of K classes of each image with respect to `source`.
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """K weighted sums of each image's scores, which are explained: what is put into the reverse walk.
 
-    Where the gradient depends on nothing but the class (a linear head), one walk with N*K rows gives
-    all of them. Elsewhere a Scan goes over the K classes, so that the N rows of each walk match the N
-    rows of the forward values it reads and none of these is ever repeated. During the walk the size of
-    the batch is hidden, so that no rule can write it into the graph.
+    Attributes:
+        items: values [N,K,...] that say what is asked for.
+        weights: ``weights(*rows)`` emits the cotangent [R,...] of the scores for R rows of the items.
+        valid: bool [N,K], false where what is asked for does not exist; None: it always does.
+    """
+
+    items: tuple[Value, ...]
+    weights: Callable[..., Value]
+    valid: Value | None = None
+
+    def sums(self, op: Emitter, scores: Value) -> Value:
+        """Return the K sums of each image's scores [N,...]: [N,K]."""
+        rows = self.weights(*(_as_rows(op, item) for item in self.items))
+        each = op.Concat(op.Shape(self.items[0], start=0, end=2), np.array([-1]), axis=0)
+        flat = op.Reshape(op.Unsqueeze(scores, [1]), [0, 0, -1])
+        # What has no weight must not count, even if it is infinite.
+        w = op.Reshape(rows, each)
+        return op.ReduceSum(op.Where(op.Equal(w, 0.0), 0.0, op.Mul(w, flat)), [2], keepdims=0)
+
+    def negated(self, op: Emitter) -> "Seeds":
+        """The same sums with the opposite sign."""
+        return dataclasses.replace(self, weights=lambda *rows: op.Neg(self.weights(*rows)))
+
+
+def class_seeds(op: Emitter, ranked: Value, scores: Value, classes: Value) -> Seeds:
+    """Explain the scores of classes: one-hot rows.
 
     Args:
         op: where the nodes go.
-        scores: [N,M].
-        index: class indices, int64 [N,K].
-        source: [N,...].
+        ranked: what says which class is best, [N,M].
+        scores: what is explained, [N,M].
+        classes: a request for classes, see `resolve_classes`.
+    """
+    index, valid = resolve_classes(op, ranked, classes)
+    return Seeds((index,), lambda rows: _one_hot(op, rows, scores), valid)
+
+
+def gradients_of_sums(
+    op: Emitter,
+    scores: Value,
+    seeds: Seeds,
+    sources: Sequence[Value],
+    function: Callable[..., Sequence[Value]],
+    rules: Mapping[tuple[str, str], Rule] = RULES,
+) -> list[Value]:
+    """Emit what `function` makes of the gradients of K sums of each image's scores.
+
+    Where the gradient depends on nothing but the sum (a linear head), one walk with N*K rows gives all of
+    them. Elsewhere a Scan goes over the K sums, so that the N rows of each walk match the N rows of the
+    forward values it reads and none of these is ever repeated.
+
+    Args:
+        op: where the nodes go.
+        scores: [N,...].
+        seeds: the K sums.
+        sources: values [N,...].
+        function: takes the gradient of each source, [N,k,...] with k = K or 1, or None where there is
+            none, and returns values [N,k,...].
         rules: the rule of each operator.
 
     Returns:
-        [N,K,...], or None if `source` does not influence `scores`.
+        What it returned, for all K: [N,K,...].
+
+    Raises:
+        OnnxcamError: no source influences the scores.
+    """
+    if len(sources) == 1:
+        found = _all_rows_at_once(op, scores, seeds, sources[0], rules)
+        if found is not None:
+            return list(function(found))
+
+    def one(*rows: Value) -> list[Value]:
+        found = gradients(op, scores, seeds.weights(*rows), sources, rules)
+        if all(value is None for value in found):
+            raise OnnxcamError(f"no gradient of the scores reaches {sources[0].name!r}")
+        return list(function(*(None if value is None else op.Unsqueeze(value, [1]) for value in found)))
+
+    items = [op.Transpose(item, perm=[1, 0, *range(2, rank(item))]) for item in seeds.items]
+    results = []
+    for stacked in each(op, items, one):
+        # [K,N,1,...]
+        order = [1, 0, *range(2, rank(stacked) - 1)]
+        results.append(op.Transpose(op.Squeeze(stacked, [2]), perm=order))
+    return results
+
+
+def _all_rows_at_once(
+    op: Emitter, scores: Value, seeds: Seeds, source: Value, rules: Mapping[tuple[str, str], Rule]
+) -> Value | None:
+    """Emit one walk with N*K rows if it serves them all; during it the size of the batch is hidden.
+
+    So no rule can write that size into the graph.
     """
     between = path(scores, source)
     forward = [source, *(value for node in between for value in node.outputs)]
     batch, first = dims(scores)[0], len(op.nodes)
     _rename_rows(forward, batch, ROWS)
-    seed = Value(name=op.fresh("seed"), shape=scores.shape, type=scores.type)
-    found = gradient(op, scores, seed, source, rules)
-    walk = op.nodes[first:]
-    alone = found is not None and _serves_any_rows(between, walk, found, seed)
-    _rename_rows(forward, ROWS, batch)
-    if found is None:
-        return None
-    if alone:
-        with op.before(walk[0]):
-            seed.replace_all_uses_with(_one_hot(op, op.Reshape(index, [-1]), scores))
-        return _split_rows(op, found, index, source)
-    _rename_rows((value for node in walk for value in node.outputs), ROWS, batch)
-    return _scan(op, walk, found, seed, scores, index)
+    try:
+        if not _rows_stay_apart(between):
+            return None
+        seed = Value(name=op.fresh("seed"), shape=scores.shape, type=scores.type)
+        found = gradient(op, scores, seed, source, rules)
+        walk = op.nodes[first:]
+        if found is None or not _reads_constants_only(walk, found, seed):
+            return None
+    finally:
+        _rename_rows(forward, ROWS, batch)
+    with op.before(walk[0]) if walk else contextlib.nullcontext():
+        rows = seeds.weights(*(_as_rows(op, item) for item in seeds.items))
+    if found is seed:
+        found = rows
+    seed.replace_all_uses_with(rows)
+    return _split_rows(op, found, seeds.items[0], source)
+
+
+def _as_rows(op: Emitter, item: Value) -> Value:
+    """View [N,K,...] as [N*K,...]."""
+    if rank(item) == 2:
+        return op.Reshape(item, [-1])
+    return op.Reshape(item, op.Concat(np.array([-1]), op.Shape(item, start=2), axis=0))
 
 
 def _rename_rows(values: Iterable[Value], old: int | str | None, new: int | str | None) -> None:
@@ -107,8 +194,8 @@ def _one_hot(op: Emitter, index: Value, scores: Value) -> Value:
     return op.OneHot(index, depth, np.array([0, 1], scores.dtype.numpy()))
 
 
-def _serves_any_rows(between: Sequence[ir.Node], walk: Sequence[ir.Node], found: Value, seed: Value) -> bool:
-    """Whether the walk reads only the seed and constants, and keeps its rows apart along axis 0."""
+def _rows_stay_apart(between: Sequence[ir.Node]) -> bool:
+    """Whether the nodes treat each row alone and keep it along axis 0."""
     for node in between:
         if node.op_type not in _ROW_BY_ROW or node.domain:
             return False
@@ -117,6 +204,11 @@ def _serves_any_rows(between: Sequence[ir.Node], walk: Sequence[ir.Node], found:
         perm = node.attributes.get("perm")
         if node.op_type == "Transpose" and (perm is None or perm.as_ints()[0] != 0):
             return False
+    return True
+
+
+def _reads_constants_only(walk: Sequence[ir.Node], found: Value, seed: Value) -> bool:
+    """Whether what the walk needs for `found` is the seed and constants."""
     own = {seed} | {value for node in walk for value in node.outputs}
     live = {found}
     for node in reversed(walk):
@@ -137,7 +229,7 @@ def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value
     """View [N*K,...] as [N,K,...]; what was repeated over the plane is viewed first and repeated last."""
     node = found.producer()
     assert node is not None
-    rows = op.Shape(index)
+    rows = op.Shape(index, start=0, end=2)
     if node.op_type == "Expand" and node in op.nodes:
         uniform, shape = node.inputs
         assert uniform is not None and shape is not None
@@ -147,29 +239,3 @@ def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value
             split.shape = ir.Shape([None, None, *dims(uniform)[1:]])
         return op.Expand(split, shape)
     return op.Reshape(found, op.Concat(rows, op.Shape(source, start=1), axis=0))
-
-
-def _scan(
-    op: Emitter, walk: Sequence[ir.Node], found: Value, seed: Value, scores: Value, index: Value
-) -> Value:
-    """Move the walk into the body of a Scan over the classes and return its results, stacked on axis 1."""
-    classes = Value(
-        name=op.fresh("classes"), shape=ir.Shape([dims(scores)[0]]), type=ir.TensorType(ir.DataType.INT64)
-    )
-    body = ir.Graph([classes], [], nodes=[], name=op.fresh("gradient_of_one_class"))
-    outer = op.graph
-    with op.body(body):
-        seed.replace_all_uses_with(_one_hot(op, classes, scores))
-        for node in walk:
-            if node.graph is outer:  # the body of a Scan moves with the Scan
-                outer.remove(node)
-                body.append(node)
-        if found is seed or found.producer() not in walk:
-            found = op.Identity(found)
-    body.outputs.append(found)
-    stacked = op.Scan(op.Transpose(index, perm=[1, 0]), body=body, num_scan_inputs=1)
-    stacked.type = found.type
-    if found.shape is not None:
-        stacked.shape = ir.Shape([None, *found.shape])
-    order = list(range(1 + len(found.shape or [0] * 4)))
-    return op.Transpose(stacked, perm=[1, 0, *order[2:]])

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from onnxcam.attaching import attach, heatmap, prepared
+from onnxcam.attaching import attach, prepared
 from onnxcam.card import KEY, Card
+from onnxcam.dialects import heatmap
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from tests import checks, graphs
@@ -377,7 +378,9 @@ def heat(cam, size, *, nhwc=False, symbolic=False, by="ort"):
     ]
     graph = ir.Graph(given, [], nodes=[], name="heat", opset_imports={"": 18})
     op = Emitter(graph, 18, "test")
-    graph.outputs.append(op.Identity(heatmap(op, *given, rows=1 if nhwc else 2)))
+    rows = 1 if nhwc else 2
+    wanted = op.Shape(given[1], start=rows, end=rows + 2) if symbolic else list(size)
+    graph.outputs.append(op.Identity(heatmap(op, given[0], wanted)))
     model = ir.to_proto(ir.Model(graph, ir_version=10))
     feeds = {"cam": np.asarray(cam, np.float32), "x": np.zeros(shape, np.float32)}
     if by == "ref":

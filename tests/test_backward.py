@@ -217,4 +217,4 @@ def test_names_tell_which_node_a_gradient_belongs_to():
     added = ir.to_proto(attach(model, layer="r"))
     inner = [n.name for a in added.graph.node for b in a.attribute for n in b.g.node]
     for node in ("layer1/conv/Conv", "GlobalAveragePool_4", "Relu_3", "Flatten_5"):
-        assert any(name.startswith(f"cam/gradient/{node}/") for name in inner)
+        assert any(name.startswith(f"cam/gradcam/gradient/{node}/") for name in inner)

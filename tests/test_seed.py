@@ -128,7 +128,7 @@ def test_both_routes_give_the_same_numbers(graph, layer, monkeypatch):
         )
     feeds = {"x": picture(3, dtype=np.float64), "cam_class": np.array([[0, 4], [2, 2], [-1, 3]])}
     rows = explained(build(graph, dtype="double"), layer=layer)
-    monkeypatch.setattr(seed, "_serves_any_rows", lambda *_: False)
+    monkeypatch.setattr(seed, "_rows_stay_apart", lambda *_: False)
     loop = explained(build(graph, dtype="double"), layer=layer)
     assert [any(n.op_type == "Scan" for n in m.graph.node) for m in (rows, loop)] == [False, True]
     got, wanted = run(rows, feeds, by="ref"), run(loop, feeds, by="ref")

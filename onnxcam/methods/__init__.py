@@ -4,9 +4,9 @@ They exist as ONNX operators only. `a` is the activation A [N,1,C,h,w] and `da` 
 scores with respect to it, g [N,K,C,h,w]; the map is [N,K,h,w].
 """
 
-from onnxcam.methods import cam
+from onnxcam.methods import activation, cam, perturbation
 from onnxcam.methods.registry import METHODS, Method, method
 
 __all__ = ["METHODS", "Method", "method"]
 
-del cam
+del activation, cam, perturbation

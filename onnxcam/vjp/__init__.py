@@ -28,7 +28,8 @@ from onnxcam.vjp import (
     shape,
 )
 from onnxcam.vjp.registry import RULES, Rule, vjp
+from onnxcam.vjp.variants import VARIANTS
 
-__all__ = ["RULES", "Rule", "vjp"]
+__all__ = ["RULES", "VARIANTS", "Rule", "vjp"]
 
 del activation, contrib, conv, elementwise, index, linalg, norm, pool, quant, recurrent, reduce, resize, shape

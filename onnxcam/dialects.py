@@ -1,0 +1,99 @@
+"""DIALECTS: whose numbers a map has. ``paper`` is each method as its paper defines it.
+
+Libraries differ in epsilons, in how they scale and resize a map, and in formulas; a dialect reproduces one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import Value
+
+from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError
+from onnxcam.methods import METHODS, Method
+from onnxcam.methods.algebra import Size, resized, unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """The conventions of one library.
+
+    Attributes:
+        name: what people type.
+        methods: what it implements, as it does.
+        heatmap: ``heatmap(op, cam, size, signed)`` brings a map [N,K,h,w] to the size of the picture and
+            scales it, as the library shows it.
+        fuse: ``fuse(op, maps, size, fusion)`` joins the maps of several layers.
+        averages_heatmaps: whether smoothing by augmentation averages heat maps instead of maps.
+    """
+
+    name: str
+    methods: Mapping[str, Method]
+    heatmap: Callable[[Emitter, Value, Size, bool], Value]
+    fuse: Callable[[Emitter, Sequence[Value], Size, str], Value]
+    averages_heatmaps: bool = False
+
+    def method(self, name: str) -> Method:
+        """Return the method called `name` as this library does it.
+
+        Raises:
+            OnnxcamError: the library has no such method.
+        """
+        if name not in self.methods:
+            raise OnnxcamError(
+                f"{self.name} has no method {name!r}; it has: {', '.join(self.methods)}. "
+                "Without --compat the method is as its paper defines it"
+            )
+        return self.methods[name]
+
+
+def heatmap(op: Emitter, cam: Value, size: Size, signed: bool = False) -> Value:
+    """Resize maps to the picture (bilinear, half-pixel centres) and scale each to [0,1].
+
+    A map that is flat or has a value that is not finite becomes all zeros.
+
+    Args:
+        op: where the nodes go.
+        cam: float32 [N,K,h,w].
+        size: height and width of the picture.
+        signed: divide by the largest absolute value instead, to [-1,1]: zero stays zero.
+
+    Returns:
+        float32 [N,K,H,W].
+    """
+    # Up to half the largest number, so that the span from minimum to maximum is finite too.
+    small = op.LessOrEqual(op.Abs(cam), float(np.finfo(np.float32).max) / 2)
+    finite = op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3])
+    # A flat map is zero before the resizing, whose weights add up to 1 only nearly.
+    varied = op.Greater(op.ReduceMax(cam, [2, 3]), op.ReduceMin(cam, [2, 3]))
+    clean = op.Where(op.And(op.Greater(finite, 0.0), varied), cam, 0.0)
+    full = resized(op, clean, size)
+    if signed:
+        largest = op.ReduceMax(op.Abs(full), [2, 3])
+        return op.Div(full, op.Where(op.Greater(largest, 0.0), largest, 1.0))
+    return unit(op, full)
+
+
+def fuse(op: Emitter, maps: Sequence[Value], size: Size, fusion: str) -> Value:
+    """Scale each map by its largest absolute value, resize them, and take the mean, maximum or product.
+
+    LayerCAM (Jiang et al. 2021, eq. 8-9) takes the maximum, after a tanh.
+    """
+    alike = []
+    for cam in maps:
+        largest = op.ReduceMax(op.Abs(cam), [2, 3])
+        alike.append(resized(op, op.Div(cam, op.Where(op.Greater(largest, 0.0), largest, 1.0)), size))
+    if fusion == "mean":
+        return op.Mean(*alike)
+    if fusion == "max":
+        return op.Max(*alike)
+    product = alike[0]
+    for factor in alike[1:]:
+        product = op.Mul(product, factor)
+    return product
+
+
+DIALECTS: dict[str, Dialect] = {"paper": Dialect("paper", METHODS, heatmap, fuse)}
+"""Every dialect by the name that people type."""

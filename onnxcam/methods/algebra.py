@@ -1,0 +1,107 @@
+"""What several methods compute: weighted sums of channels, masks, principal components."""
+
+from typing import TypeAlias
+
+import numpy as np
+from onnx_ir import Value
+
+from onnxcam.emit import Emitter
+
+Size: TypeAlias = "list[int] | Value"
+"""Height and width: numbers, or an int64 value [2]."""
+
+PLANE = [3, 4]
+"""The spatial axes of [N,K,C,h,w]."""
+
+_SQUARINGS = 10
+"""The power 2^10 of a matrix leaves of its second eigenvector (l2/l1)^1024."""
+
+
+def summed(op: Emitter, w: Value, a: Value) -> Value:
+    """Return sum_k w_k A_k [N,K,h,w].
+
+    Args:
+        op: where the nodes go.
+        w: weights [N,K,C], for which it is one product of matrices per image, or [N,K,C,h,w].
+        a: [N,1,C,h,w].
+    """
+    if w.shape is None or len(w.shape) != 3:
+        return op.ReduceSum(op.Mul(w, a), [2], keepdims=0)
+    plane = op.Shape(a, start=3)
+    flat = op.Reshape(op.Squeeze(a, [1]), [0, 0, -1])
+    product = op.MatMul(w, flat)
+    return op.Reshape(product, op.Concat(op.Shape(w, start=0, end=2), plane, axis=0))
+
+
+def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value:
+    """Resize maps [N,K,h,w] to a size, with half-pixel centres."""
+    return op.Resize(
+        maps,
+        None,
+        None,
+        size,
+        axes=[2, 3],
+        mode=mode,
+        coordinate_transformation_mode="half_pixel",
+    )
+
+
+def unit(op: Emitter, maps: Value) -> Value:
+    """Scale each map [N,K,h,w] to [0,1] by its own minimum and maximum; a flat one becomes zero."""
+    low = op.ReduceMin(maps, [2, 3], keepdims=1)
+    span = op.Sub(op.ReduceMax(maps, [2, 3], keepdims=1), low)
+    return op.Div(op.Sub(maps, low), op.Where(op.Greater(span, 0.0), span, 1.0))
+
+
+def first_component(op: Emitter, x: Value) -> Value:
+    """Project each position of `x` onto the first principal direction of its channels.
+
+    The direction v maximises the sum of (x_ij . v)^2 over the positions, |v| = 1, the mean not subtracted.
+    Its sign is such that the projection's extreme of larger magnitude is positive.
+
+    Args:
+        op: where the nodes go.
+        x: [N,K,C,h,w].
+
+    Returns:
+        [N,K,h,w].
+    """
+    plane = op.Shape(x, start=3)
+    lead = op.Shape(x, start=0, end=2)
+    rows = op.Reshape(x, op.Concat(lead, op.Shape(x, start=2, end=3), np.array([-1]), axis=0))  # [N,K,C,P]
+    turned = op.Transpose(rows, perm=[0, 1, 3, 2])
+    if _fewer_positions(x):
+        # The direction over positions is the projection itself, up to its length.
+        along = _first_eigenvector(op, op.MatMul(turned, rows))
+        direction = op.MatMul(rows, along)
+        length = op.ReduceL2(direction, [2], keepdims=1)
+        projection = op.Mul(along, length)
+    else:
+        projection = op.MatMul(turned, _first_eigenvector(op, op.MatMul(rows, turned)))
+    low, high = (reduce(projection, [2], keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
+    flipped = op.Greater(op.Neg(low), high)
+    signed = op.Where(flipped, op.Neg(projection), projection)
+    return op.Reshape(signed, op.Concat(lead, plane, axis=0))
+
+
+def _fewer_positions(x: Value) -> bool:
+    sizes = [] if x.shape is None else [size for size in list(x.shape)[2:] if isinstance(size, int)]
+    return len(sizes) == 3 and sizes[1] * sizes[2] < sizes[0]
+
+
+def _first_eigenvector(op: Emitter, g: Value) -> Value:
+    """Return the unit eigenvector [N,K,m,1] of the largest eigenvalue of symmetric g >= 0, [N,K,m,m]."""
+    for _ in range(_SQUARINGS):
+        largest = op.ReduceMax(op.Abs(g), [2, 3], keepdims=1)
+        g = op.Div(g, op.Where(op.Greater(largest, 0.0), largest, 1.0))
+        g = op.MatMul(g, g)
+    # All columns are multiples of it; the one with the largest diagonal element is the longest.
+    size = op.Shape(g, start=3)
+    eye = op.EyeLike(op.ConstantOfShape(op.Concat(size, size, axis=0)), dtype=g.dtype)
+    diagonal = op.ReduceSum(op.Mul(g, eye), [3], keepdims=0)
+    longest = op.ArgMax(diagonal, axis=2, keepdims=1)
+    column = op.GatherElements(
+        g, op.Expand(op.Unsqueeze(longest, [3]), op.Shape(op.ReduceMax(g, [3], keepdims=1))), axis=3
+    )
+    norm = op.ReduceL2(column, [2], keepdims=1)
+    return op.Div(column, op.Where(op.Greater(norm, 0.0), norm, 1.0))
