@@ -19,8 +19,9 @@ from onnxcam.explaining import EVIDENCE, FUSIONS, SMOOTHINGS, Request, explain
 from onnxcam.grid import Grid
 from onnxcam.methods import METHODS, Method
 from onnxcam.probe import Probe
-from onnxcam.seed import ROWS, class_seeds
+from onnxcam.seed import ROWS
 from onnxcam.simplify import simplify
+from onnxcam.targets import TARGETS, add_seeds, inputs_of
 from onnxcam.vjp import RULES, VARIANTS
 from onnxcam.vjp.shapes import dims
 
@@ -36,7 +37,6 @@ _OUTPUTS = {
     "gradients": "cam_gradients",
     "attributions": "cam_attributions",
 }
-_CLASS_INPUT = "cam_class"
 
 
 def attach(
@@ -45,6 +45,7 @@ def attach(
     *,
     layer: str | Sequence[str] | None = None,
     method: str = "gradcam",
+    target: str = "class",
     evidence: str | None = None,
     fuse: str = "mean",
     smooth: Sequence[str] = (),
@@ -67,6 +68,8 @@ def attach(
             or a PyTorch module path. None: the last feature map before the head that a gradient reaches. Of
             several layers the maps are joined.
         method: a key of ``onnxcam.methods.METHODS``.
+        target: what is explained: the score of a ``class``, that score less another class's (``contrast``) or
+            less the mean of its three nearest (``rivals``), or any weighted sum of scores (``seed``).
         evidence: what of the map is kept: ``for`` the class (above zero), ``against`` it (below zero),
             ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper.
         fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``.
@@ -74,10 +77,11 @@ def attach(
             first principal component of what would be summed over the channels.
         compat: whose numbers the maps have, a key of ``onnxcam.dialects.DIALECTS``.
         emit: outputs to add, of ``cam``, ``heatmap``, ``activations``, ``gradients``, ``attributions``.
-        class_input: ``optional`` (``cam_class`` defaults to the best class) or ``required``, for runtimes
-            that cannot override an initializer.
+        class_input: ``optional`` (``cam_class`` defaults to the best class, ``cam_against`` to the second) or
+            ``required``, for runtimes that cannot override an initializer.
         score: explain the class score ``before`` or ``after`` the softmax.
-        scores: the model output that holds the class scores; needed if several could.
+        scores: the model output that holds the class scores, needed if several could: [N,classes], dense
+            ones [N,classes,H,W], or for the target ``seed`` of any shape [N,...].
         labels: class names by index, for the card.
         preprocess: facts for the card, fields of `onnxcam.card.Preprocess` (height, width, layout, color,
             scale, mean, std, resize, interpolation). What is left out stays unknown.
@@ -93,6 +97,7 @@ def attach(
     request = Request(_method(method, dialect), dialect, evidence, fuse, tuple(smooth))
     if evidence is not None:
         _one_of("evidence", evidence, EVIDENCE)
+    _one_of("target", target, TARGETS)
     _one_of("fuse", fuse, FUSIONS)
     for name in smooth:
         _one_of("smoothing", name, SMOOTHINGS)
@@ -106,14 +111,14 @@ def attach(
         raise OnnxcamError(f"{path} is the model itself, which is never modified; choose another output name")
     model = prepared(model)
     graph = model.graph
+    picture = layers.picture(model)
+    found = layers.scores(model, scores, any_shape=target == "seed")
     taken = {value.name for value in all_values(graph)}
-    for name in (_CLASS_INPUT, *(_OUTPUTS[kind] for kind in emit)):
+    for name in (*inputs_of(target, found.dense), *(_OUTPUTS[kind] for kind in emit)):
         if name in taken:
             raise OnnxcamError(
                 f"the model has a value called {name!r} already, a name that attach needs; rename it there"
             )
-    picture = layers.picture(model)
-    found = layers.scores(model, scores)
     prepares = _preprocess(picture, preprocess)
     at = _layout(picture, prepares.layout)
     sources = _sources(model, layer, picture, at, found.logits, request.method)
@@ -124,6 +129,7 @@ def attach(
         layer=", ".join(source.name for source in sources),
         method=method,
         score=score,
+        target=None if target == "class" else target,
         compat=None if compat == "paper" else compat,
         evidence=evidence,
         module=sources[0].module if len(sources) == 1 else None,
@@ -132,7 +138,9 @@ def attach(
         tool=f"onnxcam {__version__}",
     )
     op = Emitter(graph, graph.opset_imports[""], PREFIX)
-    outputs = _explain(op, picture, at, found, sources, request, score, class_input, emit)
+    outputs = _explain(
+        op, picture, at, found, sources, request, target, score, class_input == "optional", emit
+    )
     simplify(op)
     op.remove_dead(list(outputs.values()))
     for name, value in outputs.items():
@@ -199,8 +207,9 @@ def _explain(
     found: layers.Scores,
     sources: Sequence[layers.Layer],
     request: Request,
+    target: str,
     score: str,
-    class_input: str,
+    optional: bool,
     emit: Sequence[str],
 ) -> dict[str, Value]:
     """Emit the whole branch and return the outputs asked for, by name."""
@@ -220,7 +229,7 @@ def _explain(
         explained = _as_rows(op, _logits(op, found))
         if score == "after":
             explained = ranked if found.are == "probabilities" else op.Softmax(explained, axis=1)
-        seeds = class_seeds(op, ranked, explained, _class_input(op, class_input))
+        seeds = add_seeds(op, target, ranked, explained, optional)
         if request.evidence == "counterfactual":
             seeds = seeds.negated(op)
     rules = {**RULES, **VARIANTS[method.rules]} if method.rules else RULES
@@ -254,21 +263,6 @@ def _in_rows(op: Emitter, value: Value, valid: Value | None, probe: Probe) -> Va
         return op.Reshape(full, op.Concat(np.array([-1]), plane, axis=0))
 
 
-def _class_input(op: Emitter, kind: str) -> Value:
-    """Add the input ``cam_class``."""
-    default = np.array([[-1]], np.int64)
-    value = Value(
-        name=_CLASS_INPUT,
-        shape=ir.Shape(["cam_images", "cam_classes"]),
-        type=ir.TensorType(ir.DataType.INT64),
-    )
-    op.graph.inputs.append(value)
-    if kind == "optional":
-        value.const_value = ir.tensor(default, name=_CLASS_INPUT)
-        op.graph.register_initializer(value)
-    return value
-
-
 def _same_file(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
 
@@ -283,12 +277,13 @@ def _logits(op: Emitter, found: layers.Scores) -> Value:
 
 
 def _as_rows(op: Emitter, scores: Value) -> Value:
-    """View class scores [N,M] or [N,M,1,1] as [N,M]."""
-    return scores if len(dims(scores)) == 2 else op.Flatten(scores, axis=1)
+    """View class scores [N,M,1,1] as [N,M]; others stay as they are."""
+    return op.Flatten(scores, axis=1) if dims(scores)[2:] == [1, 1] else scores
 
 
 def _declared_shape(name: str, picture: Value, at: Grid, probes: Sequence[Probe]) -> ir.Shape:
-    batch, kinds, photo = dims(picture)[0], "cam_classes", [at.height, at.width]
+    batch, photo = dims(picture)[0], [at.height, at.width]
+    kinds = 1 if probes[0].seeds.valid is None else "cam_classes"
     channels, *plane = dims(probes[0].activation())[1:]
     if len(probes) > 1:
         plane = [None, None]

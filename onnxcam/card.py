@@ -119,6 +119,7 @@ class Card:
         layer: name of the ONNX value that the map is made from.
         method: the method's name, such as ``gradcam``.
         score: ``before`` or ``after`` the softmax: which score the gradient is of.
+        target: what is explained, one of ``onnxcam.targets.TARGETS``; None: the score of a class.
         compat: whose numbers the map has; None: the method's paper's.
         evidence: what of the map is kept, ``for``, ``against``, ``both`` or ``counterfactual``; None: as in
             the method's paper.
@@ -137,6 +138,7 @@ class Card:
     method: str
     score: str
     tool: str
+    target: str | None = None
     compat: str | None = None
     evidence: str | None = None
     module: str | None = None

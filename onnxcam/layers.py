@@ -68,6 +68,11 @@ class Scores:
     are: str
     regrouping: tuple[ir.Node, ...] = ()
 
+    @property
+    def dense(self) -> bool:
+        """Whether there are scores for every place, [N,classes,H,W]."""
+        return len(dims(self.output)) == 4 and dims(self.output)[2:] != [1, 1]
+
 
 def picture(model: ir.Model) -> ir.Value:
     """Return the model input that takes the picture: its only one of four dimensions.
@@ -92,8 +97,13 @@ def picture(model: ir.Model) -> ir.Value:
     )
 
 
-def scores(model: ir.Model, name: str | None = None) -> Scores:
+def scores(model: ir.Model, name: str | None = None, any_shape: bool = False) -> Scores:
     """Find the class scores: the output `name`, or the only output shaped [N,classes] or [N,classes,1,1].
+
+    Args:
+        model: the classifier.
+        name: of an output, which may also be [N,classes,H,W].
+        any_shape: whether it may have any shape; then it is the only floating-point output by default.
 
     Raises:
         OnnxcamError: no output fits, or several do and `name` does not choose.
@@ -105,13 +115,19 @@ def scores(model: ir.Model, name: str | None = None) -> Scores:
                 f"the model has no output {name!r}{suggest(name, outputs)}; it has: {', '.join(outputs)}"
             )
         fitting = [outputs[name]]
-        if not _holds_scores(outputs[name]):
+        if not _is_float(fitting[0]) or fitting[0].shape is None:
             raise OnnxcamError(
-                f"output {name!r} is {_shape_text(outputs[name])}; "
-                "class scores are [N,classes] or [N,classes,1,1]"
+                f"output {name!r} is no floating-point value of known rank, so it has no gradient"
+            )
+        if not any_shape and not _holds_scores(fitting[0]) and len(fitting[0].shape) != 4:
+            raise OnnxcamError(
+                f"output {name!r} is {_shape_text(fitting[0])}; class scores are [N,classes], [N,classes,1,1] or "
+                "[N,classes,H,W]. A weighted sum of any output's values can be explained: --target seed"
             )
     else:
         fitting = [value for value in outputs.values() if _holds_scores(value)]
+        if any_shape and not fitting:
+            fitting = [value for value in outputs.values() if _is_float(value) and value.shape is not None]
     if len(fitting) != 1:
         listed = ", ".join(f"{n!r} {_shape_text(v)}" for n, v in outputs.items())
         reason = "several outputs that could be class scores" if fitting else "no output of class scores"

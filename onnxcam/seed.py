@@ -1,4 +1,4 @@
-"""From the classes that a user asks for to the gradients of their scores."""
+"""From weighted sums of the scores to their gradients."""
 
 import contextlib
 import dataclasses
@@ -28,32 +28,6 @@ _ROW_BY_ROW = frozenset([
 ])  # fmt: skip
 
 
-def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, Value]:
-    """Turn a request for classes into class indices that are safe to use.
-
-    Args:
-        op: where the nodes go.
-        scores: [N,M].
-        classes: int64 [N,K] or [1,K]: a class index, or -1 for the best class of the image, -2 for the
-            second, and so on.
-
-    Returns:
-        The class indices, int64 [N,K] within 0..M-1, and a mask [N,K] that is false where the request
-        was outside -M..M-1.
-    """
-    count = op.Shape(scores, start=1, end=2)
-    images = op.Shape(scores, start=0, end=1)
-    asked = op.Expand(classes, op.Concat(images, np.array([1]), axis=0))
-    last = op.Sub(count, 1)
-    place = op.Min(op.Max(op.Sub(-1, asked), 0), last)
-    deepest = op.Reshape(op.Add(op.ReduceMax(place, keepdims=0), 1), [1])
-    _, ranked = op.TopK(scores, deepest, outputs=2)
-    by_rank = op.GatherElements(ranked, place, axis=1)
-    index = op.Where(op.Less(asked, 0), by_rank, op.Min(asked, last))
-    valid = op.And(op.Less(asked, count), op.GreaterOrEqual(asked, op.Neg(count)))
-    return index, valid
-
-
 @dataclasses.dataclass(frozen=True)
 class Seeds:
     """K weighted sums of each image's scores, which are explained: what is put into the reverse walk.
@@ -80,19 +54,6 @@ class Seeds:
     def negated(self, op: Emitter) -> "Seeds":
         """The same sums with the opposite sign."""
         return dataclasses.replace(self, weights=lambda *rows: op.Neg(self.weights(*rows)))
-
-
-def class_seeds(op: Emitter, ranked: Value, scores: Value, classes: Value) -> Seeds:
-    """Explain the scores of classes: one-hot rows.
-
-    Args:
-        op: where the nodes go.
-        ranked: what says which class is best, [N,M].
-        scores: what is explained, [N,M].
-        classes: a request for classes, see `resolve_classes`.
-    """
-    index, valid = resolve_classes(op, ranked, classes)
-    return Seeds((index,), lambda rows: _one_hot(op, rows, scores), valid)
 
 
 def gradients_of_sums(
@@ -185,13 +146,6 @@ def _rename_rows(values: Iterable[Value], old: int | str | None, new: int | str 
     for value in values:
         if value.shape is not None and len(value.shape) and dims(value)[0] == old:
             value.shape = ir.Shape([new, *dims(value)[1:]])
-
-
-def _one_hot(op: Emitter, index: Value, scores: Value) -> Value:
-    assert scores.dtype is not None
-    count = dims(scores)[1]
-    depth = np.int64(count) if isinstance(count, int) else op.Squeeze(op.Shape(scores, start=1, end=2), [0])
-    return op.OneHot(index, depth, np.array([0, 1], scores.dtype.numpy()))
 
 
 def _rows_stay_apart(between: Sequence[ir.Node]) -> bool:

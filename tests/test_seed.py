@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from onnxcam import seed
 from onnxcam.emit import Emitter
-from onnxcam.seed import resolve_classes
+from onnxcam.targets import resolve_classes
 from tests import graphs
 from tests.checks import reference, relative_error
 from tests.graphs import build, explained, picture, run
