@@ -188,7 +188,8 @@ def _sources(
             raise OnnxcamError(f"{method.name} looks at the picture itself; leave the layer out")
         return [layers.Layer(picture, "Input", "", None, at)]
     if names is None:
-        return [layers.default(layers.explainable(picture, logits), picture, logits)]
+        default = layers.REQUIREMENTS[method.requires].default if method.requires else layers.default
+        return [default(layers.explainable(picture, logits), picture, logits)]
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     return [layers.find(model, name, picture, logits) for name in wanted]
 
@@ -214,16 +215,6 @@ def _explain(
 ) -> dict[str, Value]:
     """Emit the whole branch and return the outputs asked for, by name."""
     method = request.method
-    if method.linear_head and score == "after":
-        raise OnnxcamError(f"{method.name} explains the score before the softmax, which is linear in the map")
-    if method.linear_head:
-        for source in sources:
-            reason = layers.why_no_linear_head(source.value, found.logits)
-            if reason is not None:
-                raise OnnxcamError(
-                    f"{method.name} needs a head that averages the feature map and weighs its channels, "
-                    f"but {reason}; use gradcam, which is the same map on such a head and works on any"
-                )
     with op.scope("class"):
         ranked = _as_rows(op, found.output)
         explained = _as_rows(op, _logits(op, found))
@@ -232,6 +223,8 @@ def _explain(
         seeds = add_seeds(op, target, ranked, explained, optional)
         if request.evidence == "counterfactual":
             seeds = seeds.negated(op)
+    for source in sources:
+        _check_requirement(method, picture if method.full_size else source.value, explained)
     rules = {**RULES, **VARIANTS[method.rules]} if method.rules else RULES
     probes = [
         Probe(op, picture, at, source.value, source.grid, explained, seeds, rules) for source in sources
@@ -245,12 +238,23 @@ def _explain(
         if len(probes) > 1:
             raise OnnxcamError("activations are those of one layer; there are several")
         outputs["activations"] = op.Identity(probes[0].activation())
-    for name in ("gradients", "attributions"):
+    lies = [probe.at_picture() for probe in probes] if method.full_size else probes
+    for name, probe in (("gradients", probes[0]), ("attributions", lies[0])):
         if name in emit:
-            outputs[name] = _in_rows(op, outputs[name], valid, probes[0])
+            outputs[name] = _in_rows(op, outputs[name], valid, probe)
     for name, value in outputs.items():
-        value.shape = _declared_shape(name, picture, at, probes)
+        value.shape = _declared_shape(name, picture, at, lies if name in ("cam", "attributions") else probes)
     return {name: outputs[name] for name in EMITS if name in emit}
+
+
+def _check_requirement(method: Method, source: Value, scores: Value) -> None:
+    """Refuse a model that lacks what the method needs between `source` and the scores."""
+    if method.requires is None:
+        return
+    requirement = layers.REQUIREMENTS[method.requires]
+    reason = requirement.missing(source, scores)
+    if reason is not None:
+        raise OnnxcamError(f"{method.name} needs {requirement.needs}, but {reason}; use {method.instead}")
 
 
 def _in_rows(op: Emitter, value: Value, valid: Value | None, probe: Probe) -> Value:

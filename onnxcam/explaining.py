@@ -73,12 +73,29 @@ def explain(
         raise OnnxcamError(
             f"{' and '.join(sorted(inner))} belong to one layer and one run; there are several"
         )
+    _check(request, wanted)
     if "augmentation" in request.smooth:
         return _augmented(op, probes, request)
     found = (
         {"cam": _fused(op, probes, request)} if len(probes) > 1 else _single(op, probes[0], request, wanted)
     )
     return {**found, "heatmap": _heatmap(op, found["cam"], probes, request)}
+
+
+def _check(request: Request, wanted: Sequence[str]) -> None:
+    """Refuse what the method's map cannot give."""
+    method = request.method
+    if method.gives == "map" and "eigen" in request.smooth:
+        raise OnnxcamError(
+            f"{method.name} is not a sum over channels, which 'eigen' would smooth; leave it out"
+        )
+    if method.gives == "map" and "attributions" in wanted:
+        raise OnnxcamError(f"{method.name} is not a sum over channels: it has no attributions")
+    if method.unsigned and request.evidence == "against":
+        raise OnnxcamError(
+            f"{method.name} has no sign, so nothing in it is against a class; "
+            "evidence 'counterfactual' explains the negative score"
+        )
 
 
 def _single(op: Emitter, probe: Probe, request: Request, wanted: Sequence[str]) -> dict[str, Value]:
@@ -104,6 +121,7 @@ def _fused(op: Emitter, probes: Sequence[Probe], request: Request) -> Value:
     with op.scope("fuse"):
         planes = [[probe.grid.height, probe.grid.width] for probe in probes]
         known = all(isinstance(size, int) for plane in planes for size in plane)
+        known = known and not request.method.full_size
         size = [max(sizes) for sizes in zip(*planes, strict=True)] if known else probes[0].size()
         return request.dialect.fuse(op, maps, size, request.fusion)
 

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,7 @@ from onnxcam.backward import path
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.grid import PLANES, TOKENS, Grid, bottlenecks, grids, live_tokens, pooled_order
 from onnxcam.vjp.shapes import dims, is_constant
+from onnxcam.vjp.variants import rectifies
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "FusedConv", "FusedGemm", "FusedMatMul")
 _REGROUPING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
@@ -19,6 +20,9 @@ NORMALISATIONS = ("LayerNormalization", "RMSNormalization", "SkipLayerNormalizat
 
 _PASSING = (*_REGROUPING, "Dropout")
 _PROBABILITY = ("Softmax", "Sigmoid", "HardSigmoid")
+
+_HIDING = ("QLinearConv", "QLinearMatMul", "ConvInteger", "LSTM", "GRU", "RNN", "Attention")
+"""Operators of ai.onnx that add a bias somewhere inside what they compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +247,7 @@ def layout(picture: ir.Value) -> str:
     return "NHWC" if sizes[3] in (1, 3) and sizes[1] not in (1, 3) else "NCHW"
 
 
-def why_no_linear_head(source: ir.Value, logits: ir.Value) -> str | None:
+def _why_no_linear_head(source: ir.Value, logits: ir.Value) -> str | None:
     """Say in what way the scores are not one weighted sum of channels averaged over the plane.
 
     Returns:
@@ -266,6 +270,96 @@ def why_no_linear_head(source: ir.Value, logits: ir.Value) -> str | None:
     if weighted != 1:
         return f"{weighted} weighted layers lie between the layer and the scores"
     return None if pooled else "nothing averages the feature map"
+
+
+def _why_no_rectifier(source: ir.Value, scores: ir.Value) -> str | None:
+    """Say in what way no rectifier lies between, or one that cannot have another rule."""
+    nodes = path(scores, source)
+    for node in nodes:
+        if node.domain and "activation" in node.attributes:
+            return f"node {node.name!r} ({node.op_type}) has its activation inside"
+    return None if any(rectifies(node) for node in nodes) else "there is none"
+
+
+def _why_hidden_biases(source: ir.Value, scores: ir.Value) -> str | None:
+    """Say which node adds a bias that no constant of the graph shows."""
+    for node in path(scores, source):
+        if node.domain or node.op_type in _HIDING:
+            return f"node {node.name!r} ({node.op_type}) keeps one inside"
+    return None
+
+
+def attention_maps(source: ir.Value, scores: ir.Value) -> list[ir.Value]:
+    """Find the attention over the tokens of `source` [N,T,C]: softmaxes [N,heads,queries,T] times values."""
+    images, tokens = dims(source)[0], dims(source)[1]
+    found = []
+    for node in path(scores, source):
+        y = node.outputs[0]
+        if node.op_type != "Softmax" or y.shape is None or len(y.shape) != 4:
+            continue
+        last = node.attributes["axis"].as_int() in (-1, 3) if "axis" in node.attributes else True
+        if last and dims(y)[0] == images and dims(y)[3] == tokens and _weighs(y):
+            found.append(y)
+    return found
+
+
+def _weighs(value: ir.Value) -> bool:
+    """Whether a matrix product sums something with the weights `value`."""
+    for node, place in value.uses():
+        if node.op_type == "MatMul" and place == 0:
+            return True
+        if node.op_type in ("Cast", "Dropout", "Identity") and _weighs(node.outputs[0]):
+            return True
+    return False
+
+
+def _why_no_attention(source: ir.Value, scores: ir.Value) -> str | None:
+    """Say in what way the tokens of `source` take part in no attention whose weights the graph shows."""
+    for node in path(scores, source):
+        if "Attention" in node.op_type:
+            return (
+                f"node {node.name!r} ({node.op_type}) has its weights inside; export it as single operators"
+            )
+    if len(dims(source)) != 3 or not isinstance(dims(source)[1], int):
+        return f"layer {source.name!r} is {_shape_text(source)}"
+    if not attention_maps(source, scores):
+        return f"there is none between layer {source.name!r} and the scores"
+    return None
+
+
+def _first_tokens(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
+    """Return the first tokens whose attention the scores depend on; without any, the last feature map."""
+    tokens = (layer for layer in layers if layer.grid.order == TOKENS)
+    first = next((layer for layer in tokens if attention_maps(layer.value, logits)), None)
+    return default(layers, source, logits) if first is None else first
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """What a method needs between the place that it looks at and the scores.
+
+    Attributes:
+        needs: in words.
+        missing: ``missing(source, scores)`` says in what way a model lacks it, or None.
+        default: ``default(layers, picture, logits)`` chooses the layer if nobody names one.
+    """
+
+    needs: str
+    missing: Callable[[ir.Value, ir.Value], str | None]
+    default: Callable[[list[Layer], ir.Value, ir.Value], Layer] = default
+
+
+REQUIREMENTS = {
+    "linear head": Requirement(
+        "a head that averages the feature map and weighs its channels", _why_no_linear_head
+    ),
+    "rectifier": Requirement("a rectifier (Relu, or Clip from 0) in the model", _why_no_rectifier),
+    "biases": Requirement("a model whose biases are operands of their own", _why_hidden_biases),
+    "attention": Requirement(
+        "attention over the tokens of a layer [N,T,C]", _why_no_attention, _first_tokens
+    ),
+}
+"""What a method may need, by name."""
 
 
 def module_path(node: ir.Node) -> str | None:

@@ -5,14 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from onnx_ir import Value
 
+from onnxcam import layers
 from onnxcam.backward import gradient
+from onnxcam.biases import biases
 from onnxcam.emit import Emitter
 from onnxcam.grid import PLANES, Grid
 from onnxcam.loops import each
 from onnxcam.replay import replay
 from onnxcam.seed import Seeds, gradients_of_sums
-from onnxcam.vjp import RULES, Rule
-from onnxcam.vjp.shapes import dims
+from onnxcam.vjp import RULES, VARIANTS, Rule
+from onnxcam.vjp.shapes import dims, rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,17 @@ class Probe:
     def size(self) -> list[int] | Value:
         """Height and width of the picture."""
         rows = 2 if self.layout.order == PLANES else 1
-        sizes = dims(self.picture)[rows : rows + 2]
+        return self._sizes(rows, rows + 2)
+
+    def sizes(self) -> list[int] | Value:
+        """The shape of one picture, without the batch."""
+        return self._sizes(1, 4)
+
+    def _sizes(self, start: int, end: int) -> list[int] | Value:
+        sizes = dims(self.picture)[start:end]
         if all(isinstance(size, int) for size in sizes):
             return sizes  # type: ignore[return-value]
-        return self.op.Shape(self.picture, start=rows, end=rows + 2)
+        return self.op.Shape(self.picture, start=start, end=end)
 
     def per_sum(self, function: Callable[[Value], Sequence[Value]]) -> list[Value]:
         """Return what `function` makes of the gradient of the K sums, dy/dA [N,k,C,h,w], for all K.
@@ -69,7 +78,27 @@ class Probe:
         def on_planes(da: Value) -> Sequence[Value]:
             return function(self.grid.planes(self.op, da))
 
-        return gradients_of_sums(self.op, self.scores, self.seeds, [self.layer], on_planes, self.rules)
+        return self.per_sum_at([self.layer], on_planes)
+
+    def per_sum_at(self, values: Sequence[Value], function: Callable[..., Sequence[Value]]) -> list[Value]:
+        """Do the same with the gradients [N,k,...] of several values [N,...] of the model, in one walk."""
+        return gradients_of_sums(self.op, self.scores, self.seeds, values, function, self.rules)
+
+    def biases(self) -> list[tuple[Value, Value, Grid | None]]:
+        """What the model adds after the picture: a value, its constant part with K axis, and its plane.
+
+        The constant broadcasts against the value's gradient [N,k,...]. The plane is None where the value has
+        no positions.
+        """
+        places = {layer.value: layer.grid for layer in layers.explainable(self.picture, self.scores)}
+        return [
+            (value, self.op.Unsqueeze(b, [1]) if rank(b) == rank(value) else b, places.get(value))
+            for value, b in biases(self.op, self.scores, self.picture)
+        ]
+
+    def attention(self) -> list[Value]:
+        """The weights [N,heads,queries,T] with which the layer's T tokens are attended to after it."""
+        return layers.attention_maps(self.layer, self.scores)
 
     def curvature(self, da: Value) -> Value | None:
         """Return H A [N,1,C,h,w], H the second derivative of the one sum that `da` [N,1,C,h,w] belongs to.
@@ -83,12 +112,14 @@ class Probe:
 
     def on(self, picture: Value) -> "Probe":
         """The run of the whole model on other pictures, of the same shape."""
+        picture.shape = self.picture.shape
         layer, scores = replay(self.op, [self.layer, self.scores], {self.picture: picture})
         return dataclasses.replace(self, picture=picture, layer=layer, scores=scores)
 
     def with_activation(self, planes: Value) -> "Probe":
         """The run of the rest of the model on another activation [N,C,h,w]."""
         layer = self.grid.restore(self.op, planes, self.layer)
+        layer.shape = self.layer.shape
         (scores,) = replay(self.op, [self.scores], {self.layer: layer})
         return dataclasses.replace(self, layer=layer, scores=scores)
 
@@ -103,3 +134,7 @@ class Probe:
     def at_picture(self) -> "Probe":
         """The same run seen from the picture itself."""
         return dataclasses.replace(self, layer=self.picture, grid=self.layout)
+
+    def under(self, variant: str) -> "Probe":
+        """The same run with the gradient rules of a variant."""
+        return dataclasses.replace(self, rules={**RULES, **VARIANTS[variant]})

@@ -1,12 +1,11 @@
 """Class activation maps, one function each: `METHODS` holds them all, `method` adds one.
 
-They exist as ONNX operators only. `a` is the activation A [N,1,C,h,w] and `da` the gradient of K class
-scores with respect to it, g [N,K,C,h,w]; the map is [N,K,h,w].
+They exist as ONNX operators only. What a function takes and returns is written down in `Method`.
 """
 
-from onnxcam.methods import activation, cam, perturbation
+from onnxcam.methods import activation, attention, cam, perturbation, picture
 from onnxcam.methods.registry import METHODS, Method, method
 
 __all__ = ["METHODS", "Method", "method"]
 
-del activation, cam, perturbation
+del activation, attention, cam, perturbation, picture

@@ -3,7 +3,7 @@
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import PLANE, first_component
+from onnxcam.methods.algebra import PLANE, first_component, first_kernel_component
 from onnxcam.methods.registry import method
 
 
@@ -19,8 +19,18 @@ def eigencam(op: Emitter, a: Value) -> Value:
 
 @method("eigengradcam", cost="1 backward", gives="map", rectified=False)
 def eigengradcam(op: Emitter, a: Value, da: Value) -> Value:
-    """The product g A projected as by eigencam, as in pytorch-grad-cam."""
+    """The product g A projected as by eigencam. Not of a paper: pytorch-grad-cam 2021."""
     return first_component(op, op.Mul(da, a))
+
+
+@method("kpcacam", cost="none", gives="map", rectified=False)
+def kpcacam(op: Emitter, a: Value) -> Value:
+    """The first kernel principal component of A, by a sigmoid kernel. Karmani et al. 2024, arXiv:2410.00267.
+
+    The same for every class. As in the authors' code the kernel is tanh(p . q / C + 1) for positions p and q
+    of A less its mean over the plane, and is centred in turn; the sign is as eigencam's.
+    """
+    return first_kernel_component(op, a)
 
 
 @method("fem", cost="none", rectified=False)

@@ -1,5 +1,6 @@
-"""What several methods compute: weighted sums of channels, masks, principal components."""
+"""What several methods compute: sums over channels, masks, principal components."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -33,6 +34,16 @@ def summed(op: Emitter, w: Value, a: Value) -> Value:
     return op.Reshape(product, op.Concat(op.Shape(w, start=0, end=2), plane, axis=0))
 
 
+def total(op: Emitter, terms: Value) -> Value:
+    """Add up terms [N,K,C,h,w] over the channels."""
+    return op.ReduceSum(terms, [2], keepdims=0)
+
+
+def largest(op: Emitter, terms: Value) -> Value:
+    """Return the largest absolute value of terms [N,K,C,h,w] over the channels."""
+    return op.ReduceMax(op.Abs(terms), [2], keepdims=0)
+
+
 def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value:
     """Resize maps [N,K,h,w] to a size, with half-pixel centres."""
     return op.Resize(
@@ -46,10 +57,10 @@ def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value
     )
 
 
-def unit(op: Emitter, maps: Value) -> Value:
-    """Scale each map [N,K,h,w] to [0,1] by its own minimum and maximum; a flat one becomes zero."""
-    low = op.ReduceMin(maps, [2, 3], keepdims=1)
-    span = op.Sub(op.ReduceMax(maps, [2, 3], keepdims=1), low)
+def unit(op: Emitter, maps: Value, axes: Sequence[int] = (2, 3)) -> Value:
+    """Scale each map [N,K,h,w] to [0,1] by its minimum and maximum over `axes`; a flat one becomes zero."""
+    low = op.ReduceMin(maps, list(axes), keepdims=1)
+    span = op.Sub(op.ReduceMax(maps, list(axes), keepdims=1), low)
     return op.Div(op.Sub(maps, low), op.Where(op.Greater(span, 0.0), span, 1.0))
 
 
@@ -78,10 +89,52 @@ def first_component(op: Emitter, x: Value) -> Value:
         projection = op.Mul(along, length)
     else:
         projection = op.MatMul(turned, _first_eigenvector(op, op.MatMul(rows, turned)))
-    low, high = (reduce(projection, [2], keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
-    flipped = op.Greater(op.Neg(low), high)
-    signed = op.Where(flipped, op.Neg(projection), projection)
-    return op.Reshape(signed, op.Concat(lead, plane, axis=0))
+    return op.Reshape(_turned_up(op, projection), op.Concat(lead, plane, axis=0))
+
+
+def first_kernel_component(op: Emitter, x: Value) -> Value:
+    """Return the first component of the positions' channels by kernel PCA, of extremes as `first_component`.
+
+    The kernel is tanh(p . q / C + 1) for positions p, q less the mean position; it is centred itself, and
+    the component is sqrt(l) u, l its largest eigenvalue and u the eigenvector.
+
+    Args:
+        op: where the nodes go.
+        x: [N,K,C,h,w].
+
+    Returns:
+        [N,K,h,w].
+    """
+    plane = op.Shape(x, start=3)
+    lead = op.Shape(x, start=0, end=2)
+    away = op.Sub(x, op.ReduceMean(x, PLANE, keepdims=1))
+    rows = op.Reshape(away, op.Concat(lead, op.Shape(x, start=2, end=3), np.array([-1]), axis=0))  # [N,K,C,P]
+    channels = op.CastLike(op.Shape(x, start=2, end=3), x)
+    product = op.MatMul(op.Transpose(rows, perm=[0, 1, 3, 2]), rows)
+    kernel = op.Tanh(op.Add(op.Div(product, channels), 1.0))
+    along = op.ReduceMean(kernel, [3], keepdims=1)
+    centred = op.Add(
+        op.Sub(op.Sub(kernel, along), op.Transpose(along, perm=[0, 1, 3, 2])),
+        op.ReduceMean(along, [2], keepdims=1),
+    )
+    # This kernel has eigenvalues below zero too; shifted by its norm, the largest is the largest in size.
+    shift = op.Mul(_identity(op, centred), op.Sqrt(op.ReduceSumSquare(centred, [2, 3], keepdims=1)))
+    u = _first_eigenvector(op, op.Add(centred, shift))
+    value = op.MatMul(op.Transpose(u, perm=[0, 1, 3, 2]), op.MatMul(centred, u))
+    component = op.Mul(u, op.Sqrt(op.Relu(value)))
+    return op.Reshape(_turned_up(op, component), op.Concat(lead, plane, axis=0))
+
+
+def _turned_up(op: Emitter, x: Value) -> Value:
+    """Change the sign of each [P,1] of [N,K,P,1] whose extreme of larger magnitude is negative."""
+    low, high = (reduce(x, [2], keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
+    return op.Where(op.Greater(op.Neg(low), high), op.Neg(x), x)
+
+
+def _identity(op: Emitter, g: Value) -> Value:
+    """The identity matrix [m,m] in the dtype of `g` [N,K,m,m]."""
+    size = op.Shape(g, start=3)
+    return op.EyeLike(op.ConstantOfShape(op.Concat(size, size, axis=0)), dtype=g.dtype)
 
 
 def _fewer_positions(x: Value) -> bool:
@@ -96,9 +149,7 @@ def _first_eigenvector(op: Emitter, g: Value) -> Value:
         g = op.Div(g, op.Where(op.Greater(largest, 0.0), largest, 1.0))
         g = op.MatMul(g, g)
     # All columns are multiples of it; the one with the largest diagonal element is the longest.
-    size = op.Shape(g, start=3)
-    eye = op.EyeLike(op.ConstantOfShape(op.Concat(size, size, axis=0)), dtype=g.dtype)
-    diagonal = op.ReduceSum(op.Mul(g, eye), [3], keepdims=0)
+    diagonal = op.ReduceSum(op.Mul(g, _identity(op, g)), [3], keepdims=0)
     longest = op.ArgMax(diagonal, axis=2, keepdims=1)
     column = op.GatherElements(
         g, op.Expand(op.Unsqueeze(longest, [3]), op.Shape(op.ReduceMax(g, [3], keepdims=1))), axis=3

@@ -47,9 +47,9 @@ def hirescam(op: Emitter, da: Value) -> Value:
     return da
 
 
-@method("elementwise", cost="1 backward", gives="terms")
+@method("elementwise", cost="1 backward", gives="terms", unsigned=True)
 def elementwise(op: Emitter, a: Value, da: Value) -> Value:
-    """sum_k relu(g_k A_k), position by position: element-wise Grad-CAM, as in pytorch-grad-cam."""
+    """sum_k relu(g_k A_k), position by position: element-wise Grad-CAM. pytorch-grad-cam 2022."""
     return op.Relu(op.Mul(da, a))
 
 
@@ -66,7 +66,14 @@ def shapleycam(op: Emitter, da: Value, hda: Value) -> Value:
     return op.ReduceMean(w, PLANE, keepdims=0)
 
 
-@method("cam", cost="1 backward", rectified=False, linear_head=True, rules="relu as identity")
+@method(
+    "cam",
+    cost="1 backward",
+    rectified=False,
+    rules="relu as identity",
+    requires="linear head",
+    instead="gradcam, which is the same map on such a head and works on any",
+)
 def cam(op: Emitter, da: Value) -> Value:
     """sum_k W_ck A_k, signed. Zhou et al. 2016, eq. 2.
 

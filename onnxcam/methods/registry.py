@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import first_component, summed
+from onnxcam.methods.algebra import first_component, summed, total
 
 if TYPE_CHECKING:
     from onnxcam.probe import Probe
 
 Function = Callable[..., Value]
+Reduction = Callable[[Emitter, Value], Value]
 
 GIVES = ("weights", "terms", "map")
 
@@ -28,24 +29,33 @@ class Method:
             needs: ``a``, the activation A [N,1,C,h,w]; ``da``, the gradient of the explained scores
             dy/dA [N,K,C,h,w]; ``hda``, their second derivative times A, of the same shape; ``probe``, the
             run of the model itself, for what needs other runs.
-        gives: what the function returns: ``weights`` [N,K,C] or [N,K,C,h,w], whose product with A is
-            summed over the channels; ``terms`` [N,K,C,h,w], summed over the channels as they are; or the
-            ``map`` [N,K,h,w] itself (K may be 1 where it is the same for all classes).
+        gives: what the function returns: ``weights`` [N,K,C] or [N,K,C,h,w], whose product with A makes the
+            terms; ``terms`` [N,K,C,h,w], as they are; or the ``map`` [N,K,h,w] itself. K may be 1 where it
+            is the same for all classes.
+        over_channels: ``over_channels(op, terms)`` makes the map of the terms: their sum, or another
+            reduction of ``onnxcam.methods.algebra``.
         rectified: whether the map ends in a ReLU.
+        unsigned: whether the map has nothing below zero even without one, so that there is none against a
+            class.
         at_picture: whether the activation is the picture itself.
+        full_size: whether the map and its terms lie on the picture, though the activation does not.
         rules: name of the gradient rules used, a key of ``onnxcam.vjp.VARIANTS``.
-        linear_head: whether the method is defined only where the scores are one weighted sum of the
-            activations, averaged over the plane.
+        requires: name of what the model must have, a key of ``onnxcam.layers.REQUIREMENTS``.
+        instead: a method that needs none of that, and why it may serve.
         cost: in runs of the model, beside the one that predicts; C channels, P = h*w positions.
     """
 
     name: str
     function: Function
     gives: str
+    over_channels: Reduction
     rectified: bool
+    unsigned: bool
     at_picture: bool
+    full_size: bool
     rules: str | None
-    linear_head: bool
+    requires: str | None
+    instead: str | None
     cost: str
 
     @property
@@ -67,7 +77,7 @@ class Method:
             op: where the nodes go.
             probe: the run of the model, seen from the layer.
             wanted: of ``gradients`` and ``attributions``.
-            smooth: project the terms onto their first principal component instead of summing them.
+            smooth: project the terms onto their first principal component instead of reducing them.
 
         Returns:
             ``cam``, the map [N,K,h,w] before any ReLU, ``gradients`` dy/dA [N,K,C,h,w] and ``attributions``,
@@ -98,14 +108,15 @@ class Method:
     def _parts(self, op: Emitter, found: Value, a: Value, wanted: Sequence[str], smooth: bool) -> list[Value]:
         if self.gives == "map":
             return [found]
-        if self.gives == "weights" and not smooth and "attributions" not in wanted:
+        plain = self.over_channels is total and not smooth and "attributions" not in wanted
+        if self.gives == "weights" and plain:
             return [summed(op, found, a)]
         terms = found
         if self.gives == "weights":
             if found.shape is not None and len(found.shape) == 3:
                 found = op.Unsqueeze(found, [3, 4])
             terms = op.Mul(found, a)
-        cam = first_component(op, terms) if smooth else op.ReduceSum(terms, [2], keepdims=0)
+        cam = first_component(op, terms) if smooth else self.over_channels(op, terms)
         return [cam, *([terms] if "attributions" in wanted else [])]
 
 
@@ -118,16 +129,24 @@ def method(
     *,
     cost: str,
     gives: str = "weights",
+    over_channels: Reduction = total,
     rectified: bool = True,
+    unsigned: bool = False,
     at_picture: bool = False,
+    full_size: bool = False,
     rules: str | None = None,
-    linear_head: bool = False,
+    requires: str | None = None,
+    instead: str | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function under `name`; see `Method`."""
     assert gives in GIVES
+    assert (requires is None) == (instead is None)
 
     def register(function: Function) -> Function:
-        METHODS[name] = Method(name, function, gives, rectified, at_picture, rules, linear_head, cost)
+        METHODS[name] = Method(
+            name, function, gives, over_channels, rectified, unsigned, at_picture, full_size, rules, requires,
+            instead, cost,
+        )  # fmt: skip
         return function
 
     return register

@@ -66,19 +66,23 @@ def vjp(*op_types: str, domain: str = "") -> Callable[[_F], _F]:
     """Register the decorated function as the gradient rule of the operators named; see `Rule`."""
 
     def register(function: _F) -> _F:
-        parameters = inspect.signature(function).parameters
-        rule = Rule(
-            function,
-            every_output=list(parameters)[1] == "dys",
-            attributes=frozenset(
-                name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
-            ),
-        )
         for op_type in op_types:
-            RULES[domain, op_type] = rule
+            RULES[domain, op_type] = rule(function)
         return function
 
     return register
+
+
+def rule(function: Callable[..., Any]) -> Rule:
+    """Make a rule of a function by its signature; see `Rule`."""
+    parameters = inspect.signature(function).parameters
+    return Rule(
+        function,
+        every_output=list(parameters)[1] == "dys",
+        attributes=frozenset(
+            name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ),
+    )
 
 
 def _plain(attribute: ir.Attr) -> Any:
