@@ -45,7 +45,7 @@ def attach(
     *,
     layer: str | Sequence[str] | None = None,
     method: str = "gradcam",
-    target: str = "class",
+    target: str | None = None,
     evidence: str | None = None,
     fuse: str = "mean",
     smooth: Sequence[str] = (),
@@ -69,7 +69,8 @@ def attach(
             several layers the maps are joined.
         method: a key of ``onnxcam.methods.METHODS``.
         target: what is explained: the score of a ``class``, that score less another class's (``contrast``) or
-            less the mean of its three nearest (``rivals``), or any weighted sum of scores (``seed``).
+            less the mean of its three nearest (``rivals``), or any weighted sum of scores (``seed``). None:
+            what the method explains, mostly the class.
         evidence: what of the map is kept: ``for`` the class (above zero), ``against`` it (below zero),
             ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper.
         fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``.
@@ -97,7 +98,7 @@ def attach(
     request = Request(_method(method, dialect), dialect, evidence, fuse, tuple(smooth))
     if evidence is not None:
         _one_of("evidence", evidence, EVIDENCE)
-    _one_of("target", target, TARGETS)
+    target = _target(request.method, target)
     _one_of("fuse", fuse, FUSIONS)
     for name in smooth:
         _one_of("smoothing", name, SMOOTHINGS)
@@ -342,6 +343,17 @@ def _method(name: str, dialect: Dialect) -> Method:
             f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
         )
     return dialect.method(name)
+
+
+def _target(method: Method, target: str | None) -> str:
+    """Return what is explained; a method whose name stands for something explains that alone."""
+    if target is not None:
+        _one_of("target", target, TARGETS)
+    if method.target not in (None, target or method.target):
+        raise OnnxcamError(
+            f"{method.name} explains the target {method.target}, not {target}; use gradcam for that"
+        )
+    return method.target or target or "class"
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:

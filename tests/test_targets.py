@@ -179,3 +179,14 @@ def test_bad_targets_are_one_clear_line():
     )
     with pytest.raises(OnnxcamError, match="output 'size' is no floating-point value"):
         attach(whole, scores="size")
+
+
+def test_finercam_is_gradcam_of_the_rivals():
+    proto, x = build(graphs.DEEP, dtype="double"), picture(N, dtype=np.float64)
+    one, other = (
+        run(explained(proto, **o), x, by="ref") for o in ({"method": "finercam"}, {"target": "rivals"})
+    )
+    np.testing.assert_array_equal(one["cam"], other["cam"])
+    assert one["cam"].max() > 0
+    with pytest.raises(OnnxcamError, match="finercam explains the target rivals, not contrast; use gradcam"):
+        attach(proto, method="finercam", target="contrast")

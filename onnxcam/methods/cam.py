@@ -31,7 +31,7 @@ def gradcam_plus_plus(op: Emitter, a: Value, da: Value) -> Value:
 
 @method("xgradcam", cost="1 backward")
 def xgradcam(op: Emitter, a: Value, da: Value) -> Value:
-    """ReLU(sum_k S(g_k A_k) / S(A_k) A_k). Fu et al. 2020, eq. 8.
+    """ReLU(sum_k S(g_k A_k) / S(A_k) A_k). Fu et al. 2020.
 
     A channel whose sum is zero gets no weight.
     """
@@ -55,8 +55,14 @@ def elementwise(op: Emitter, a: Value, da: Value) -> Value:
 
 @method("layercam", cost="1 backward")
 def layercam(op: Emitter, da: Value) -> Value:
-    """ReLU(sum_k relu(g_k) A_k), position by position. Jiang et al. 2021, eq. 5-7."""
+    """ReLU(sum_k relu(g_k) A_k), position by position. Jiang et al. 2021."""
     return op.Relu(da)
+
+
+@method("finercam", cost="1 backward", target="rivals")
+def finercam(op: Emitter, da: Value) -> Value:
+    """ReLU(sum_k <g_k> A_k), g of the score less the mean of its three nearest. Zhang et al. 2025."""
+    return gradcam(op, da)
 
 
 @method("shapleycam", cost="2 backward")

@@ -24,7 +24,7 @@ _IS_STEPS = 10
 
 @method("ablationcam", cost="C times the layers after A")
 def ablationcam(op: Emitter, probe: "Probe") -> Value:
-    """ReLU(sum_k (y - y_k) / y A_k), y_k the score without channel k. Desai and Ramaswamy 2020, eq. 3."""
+    """ReLU(sum_k (y - y_k) / y A_k), y_k the score without channel k. Desai and Ramaswamy 2020."""
     a, y = probe.activation(), probe.y()
     channels = op.Range(np.int64(0), op.Squeeze(op.Shape(a, start=1, end=2), [0]), np.int64(1))
 

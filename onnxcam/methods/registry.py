@@ -39,6 +39,7 @@ class Method:
             class.
         at_picture: whether the activation is the picture itself.
         full_size: whether the map and its terms lie on the picture, though the activation does not.
+        target: what of the scores it explains, a key of ``onnxcam.targets.TARGETS``; None: what is asked for.
         rules: name of the gradient rules used, a key of ``onnxcam.vjp.VARIANTS``.
         requires: name of what the model must have, a key of ``onnxcam.layers.REQUIREMENTS``.
         instead: a method that needs none of that, and why it may serve.
@@ -53,6 +54,7 @@ class Method:
     unsigned: bool
     at_picture: bool
     full_size: bool
+    target: str | None
     rules: str | None
     requires: str | None
     instead: str | None
@@ -134,6 +136,7 @@ def method(
     unsigned: bool = False,
     at_picture: bool = False,
     full_size: bool = False,
+    target: str | None = None,
     rules: str | None = None,
     requires: str | None = None,
     instead: str | None = None,
@@ -144,8 +147,8 @@ def method(
 
     def register(function: Function) -> Function:
         METHODS[name] = Method(
-            name, function, gives, over_channels, rectified, unsigned, at_picture, full_size, rules, requires,
-            instead, cost,
+            name, function, gives, over_channels, rectified, unsigned, at_picture, full_size, target, rules,
+            requires, instead, cost,
         )  # fmt: skip
         return function
 
