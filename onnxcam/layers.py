@@ -126,7 +126,8 @@ def scores(model: ir.Model, name: str | None = None, any_shape: bool = False) ->
         if not any_shape and not _holds_scores(fitting[0]) and len(fitting[0].shape) != 4:
             raise OnnxcamError(
                 f"output {name!r} is {_shape_text(fitting[0])}; class scores are [N,classes], "
-                "[N,classes,1,1] or [N,classes,H,W]. A weighted sum of any output's values can be explained: --target seed"
+                "[N,classes,1,1] or [N,classes,H,W]. "
+                "A weighted sum of any output's values can be explained: --target seed"
             )
     else:
         fitting = [value for value in outputs.values() if _holds_scores(value)]

@@ -59,7 +59,7 @@ def reciprocam(op: Emitter, probe: "Probe") -> Value:
 
 @method("scorecam", cost="C")
 def scorecam(op: Emitter, probe: "Probe") -> Value:
-    """ReLU(sum_k w_k A_k), w = softmax over k of y(X o s(up(A_k))) - y(0). Wang et al. 2020, eq. 4-8.
+    """ReLU(sum_k w_k A_k), w = softmax over k of y(X o s(up(A_k))) - y(0). Wang et al. 2020.
 
     s scales each channel, brought to the size of the picture X, to [0,1] by its own minimum and maximum.
     y(0), the score of the empty picture, is the same for all channels and leaves the softmax as it is.
