@@ -1,6 +1,6 @@
 """What several methods compute: weighted sums of channels, masks, principal components."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from onnx_ir import Value
@@ -33,8 +33,10 @@ def summed(op: Emitter, w: Value, a: Value) -> Value:
     return op.Reshape(product, op.Concat(op.Shape(w, start=0, end=2), plane, axis=0))
 
 
-def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value:
-    """Resize maps [N,K,h,w] to a size, with half-pixel centres."""
+def resized(
+    op: Emitter, maps: Value, size: Size, mode: str = "linear", centres: str = "half_pixel", **options: Any
+) -> Value:
+    """Resize maps [N,K,h,w] to a size; `centres` is the coordinate transformation, `options` are Resize's."""
     return op.Resize(
         maps,
         None,
@@ -42,7 +44,8 @@ def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value
         size,
         axes=[2, 3],
         mode=mode,
-        coordinate_transformation_mode="half_pixel",
+        coordinate_transformation_mode=centres,
+        **options,
     )
 
 
@@ -51,6 +54,12 @@ def unit(op: Emitter, maps: Value) -> Value:
     low = op.ReduceMin(maps, [2, 3], keepdims=1)
     span = op.Sub(op.ReduceMax(maps, [2, 3], keepdims=1), low)
     return op.Div(op.Sub(maps, low), op.Where(op.Greater(span, 0.0), span, 1.0))
+
+
+def scaled(op: Emitter, maps: Value, epsilon: float) -> Value:
+    """Take each map's minimum from it and divide by what is then the maximum plus `epsilon`."""
+    above = op.Sub(maps, op.ReduceMin(maps, [2, 3], keepdims=1))
+    return op.Div(above, op.Add(op.ReduceMax(above, [2, 3], keepdims=1), epsilon))
 
 
 def first_component(op: Emitter, x: Value) -> Value:

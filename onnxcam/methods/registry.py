@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import first_component, summed
+from onnxcam.methods.algebra import summed
 
 if TYPE_CHECKING:
     from onnxcam.probe import Probe
 
 Function = Callable[..., Value]
+Projection = Callable[[Emitter, Value], Value]
 
 GIVES = ("weights", "terms", "map")
 
@@ -59,7 +60,7 @@ class Method:
         return " ".join(inspect.cleandoc(self.function.__doc__ or "").partition("\n\n")[0].split())
 
     def outputs(
-        self, op: Emitter, probe: "Probe", wanted: Sequence[str], smooth: bool = False
+        self, op: Emitter, probe: "Probe", wanted: Sequence[str], projection: Projection | None = None
     ) -> dict[str, Value]:
         """Emit the map and what belongs to it.
 
@@ -67,7 +68,7 @@ class Method:
             op: where the nodes go.
             probe: the run of the model, seen from the layer.
             wanted: of ``gradients`` and ``attributions``.
-            smooth: project the terms onto their first principal component instead of summing them.
+            projection: what makes a map [N,K,h,w] of the terms instead of their sum.
 
         Returns:
             ``cam``, the map [N,K,h,w] before any ReLU, ``gradients`` dy/dA [N,K,C,h,w] and ``attributions``,
@@ -82,7 +83,7 @@ class Method:
                 if "hda" in self.needs:
                     given["hda"] = probe.curvature(da)
             found = self.function(op, **{name: given[name] for name in self.needs})
-            return self._parts(op, found, a, wanted, smooth) + (
+            return self._parts(op, found, a, wanted, projection) + (
                 [da] if "gradients" in wanted and da is not None else []
             )
 
@@ -95,17 +96,19 @@ class Method:
             (found["gradients"],) = probe.per_sum(lambda da: [da])
         return found
 
-    def _parts(self, op: Emitter, found: Value, a: Value, wanted: Sequence[str], smooth: bool) -> list[Value]:
+    def _parts(
+        self, op: Emitter, found: Value, a: Value, wanted: Sequence[str], projection: Projection | None
+    ) -> list[Value]:
         if self.gives == "map":
             return [found]
-        if self.gives == "weights" and not smooth and "attributions" not in wanted:
+        if self.gives == "weights" and projection is None and "attributions" not in wanted:
             return [summed(op, found, a)]
         terms = found
         if self.gives == "weights":
             if found.shape is not None and len(found.shape) == 3:
                 found = op.Unsqueeze(found, [3, 4])
             terms = op.Mul(found, a)
-        cam = first_component(op, terms) if smooth else op.ReduceSum(terms, [2], keepdims=0)
+        cam = op.ReduceSum(terms, [2], keepdims=0) if projection is None else projection(op, terms)
         return [cam, *([terms] if "attributions" in wanted else [])]
 
 
@@ -122,12 +125,13 @@ def method(
     at_picture: bool = False,
     rules: str | None = None,
     linear_head: bool = False,
+    into: dict[str, Method] = METHODS,
 ) -> Callable[[Function], Function]:
-    """Register the decorated function under `name`; see `Method`."""
+    """Register the decorated function under `name`, in METHODS or a dialect's own table; see `Method`."""
     assert gives in GIVES
 
     def register(function: Function) -> Function:
-        METHODS[name] = Method(name, function, gives, rectified, at_picture, rules, linear_head, cost)
+        into[name] = Method(name, function, gives, rectified, at_picture, rules, linear_head, cost)
         return function
 
     return register
