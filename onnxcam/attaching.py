@@ -47,12 +47,12 @@ def attach(
     method: str = "gradcam",
     target: str | None = None,
     evidence: str | None = None,
-    fuse: str = "mean",
+    fuse: str | None = None,
     smooth: Sequence[str] = (),
     compat: str = "paper",
     emit: Sequence[str] = ("cam", "heatmap"),
     class_input: str = "optional",
-    score: str = "before",
+    score: str | None = None,
     scores: str | None = None,
     labels: Sequence[str] | None = None,
     **preprocess: Any,
@@ -73,14 +73,16 @@ def attach(
             what the method explains, mostly the class.
         evidence: what of the map is kept: ``for`` the class (above zero), ``against`` it (below zero),
             ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper.
-        fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``.
+        fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``. None: the first of
+            these that the dialect has.
         smooth: ``augmentation`` averages over mirrored, weaker and stronger pictures; ``eigen`` takes the
             first principal component of what would be summed over the channels.
         compat: whose numbers the maps have, a key of ``onnxcam.dialects.DIALECTS``.
         emit: outputs to add, of ``cam``, ``heatmap``, ``activations``, ``gradients``, ``attributions``.
         class_input: ``optional`` (``cam_class`` defaults to the best class, ``cam_against`` to the second) or
             ``required``, for runtimes that cannot override an initializer.
-        score: explain the class score ``before`` or ``after`` the softmax.
+        score: explain the class score ``before`` or ``after`` the softmax. None: before it, or what the
+            dialect always explains.
         scores: the model output that holds the class scores, needed if several could: [N,classes], dense
             ones [N,classes,H,W], or for the target ``seed`` of any shape [N,...].
         labels: class names by index, for the card.
@@ -94,15 +96,20 @@ def attach(
         OnnxcamError: the model cannot be read or explained, or an argument is wrong.
     """
     _one_of("compat", compat, list(DIALECTS))
+    for what, given, allowed in (
+        ("evidence", evidence, EVIDENCE),
+        ("fuse", fuse, FUSIONS),
+        ("score", score, SCORES),
+        *(("smoothing", name, SMOOTHINGS) for name in smooth),
+    ):
+        if given is not None:
+            _one_of(what, given, allowed)
     dialect = DIALECTS[compat]
-    request = Request(_method(method, dialect), dialect, evidence, fuse, tuple(smooth))
-    if evidence is not None:
-        _one_of("evidence", evidence, EVIDENCE)
-    target = _target(request.method, target)
-    _one_of("fuse", fuse, FUSIONS)
-    for name in smooth:
-        _one_of("smoothing", name, SMOOTHINGS)
-    _one_of("score", score, SCORES)
+    made = _method(method, dialect)
+    dialect.check(made, evidence, smooth)
+    request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
+    target = _target(made, target)
+    score = dialect.scored(score)
     _one_of("class input", class_input, CLASS_INPUTS)
     for name in emit:
         _one_of("output", name, EMITS)

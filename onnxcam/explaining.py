@@ -34,14 +34,14 @@ class Request:
         method: how the map is made.
         dialect: whose numbers they are.
         evidence: one of `EVIDENCE`; None: what the method's paper keeps.
-        fusion: how the maps of several layers become one.
+        fusion: how the maps of several layers become one; None: they do not.
         smooth: of `SMOOTHINGS`.
     """
 
     method: Method
     dialect: Dialect
     evidence: str | None = None
-    fusion: str = "mean"
+    fusion: str | None = "mean"
     smooth: Sequence[str] = ()
 
     @property
@@ -74,6 +74,8 @@ def explain(
             f"{' and '.join(sorted(inner))} belong to one layer and one run; there are several"
         )
     _check(request, wanted)
+    if len(probes) > 1 and request.fusion is None:
+        raise OnnxcamError(f"{request.dialect.name} does not join the maps of several layers; choose one")
     if "augmentation" in request.smooth:
         return _augmented(op, probes, request)
     found = (
@@ -101,13 +103,14 @@ def _check(request: Request, wanted: Sequence[str]) -> None:
 def _single(op: Emitter, probe: Probe, request: Request, wanted: Sequence[str]) -> dict[str, Value]:
     method = request.method
     with op.scope(method.name):
-        found = method.outputs(op, probe, wanted, "eigen" in request.smooth)
+        projection = request.dialect.projection if "eigen" in request.smooth else None
+        found = method.outputs(op, probe, wanted, projection)
         cam = op.Cast(found["cam"], to=ir.DataType.FLOAT)
         if request.evidence in ("for", "counterfactual") or (request.evidence is None and method.rectified):
             cam = op.Relu(cam)
         elif request.evidence == "against":
             cam = op.Min(cam, 0.0)
-        return {**found, "cam": cam}
+        return {**found, "cam": request.dialect.cam(op, cam)}
 
 
 def _heatmap(op: Emitter, cam: Value, probes: Sequence[Probe], request: Request) -> Value:
@@ -117,13 +120,15 @@ def _heatmap(op: Emitter, cam: Value, probes: Sequence[Probe], request: Request)
 
 def _fused(op: Emitter, probes: Sequence[Probe], request: Request) -> Value:
     """Join the maps of several layers at the largest of their sizes, or the picture's where they are open."""
+    dialect, fusion = request.dialect, request.fusion
+    assert fusion is not None
     maps = [_single(op, probe, request, ())["cam"] for probe in probes]
     with op.scope("fuse"):
         planes = [[probe.grid.height, probe.grid.width] for probe in probes]
         known = all(isinstance(size, int) for plane in planes for size in plane)
-        known = known and not request.method.full_size
+        known = known and not request.method.full_size and not dialect.fuses_at_picture
         size = [max(sizes) for sizes in zip(*planes, strict=True)] if known else probes[0].size()
-        return request.dialect.fuse(op, maps, size, request.fusion)
+        return dialect.fuse(op, maps, size, fusion, request.method)
 
 
 def _augmented(op: Emitter, probes: Sequence[Probe], request: Request) -> dict[str, Value]:

@@ -1,4 +1,4 @@
-"""Makes torchvision, and the peers that import it, usable beside torch's CPU build."""
+"""What several test modules share: explained models and a photo."""
 
 from pathlib import Path
 
@@ -8,16 +8,12 @@ import torch
 from PIL import Image
 
 from onnxcam.attaching import attach
+from tests import vision  # noqa: F401
 from tests.small import FACTS, saved
 
 MODELS = Path(__file__).parent.parent / "models"
 
 torch.set_num_threads(2)
-
-# PyPI's torchvision brings compiled operators for another build of torch; its models use none of them.
-_library = torch.library.Library("torchvision", "DEF")
-_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,26 @@
-"""Maps against those of pytorch-grad-cam and torch-cam, on the same weights and the same input."""
+"""Maps against those of the peers, and of two codes for Keras: the same weights, the same pictures."""
 
 import warnings
 
 import cv2
 import numpy as np
 import onnxruntime
+import PIL.Image
 import pytest
 import torch
 
 from onnxcam.attaching import attach
+from onnxcam.dialects import DIALECTS
+from onnxcam.errors import OnnxcamError
+from onnxcam.methods import METHODS
+from tests import peers
 from tests.checks import quiet
 
 CLASSES = [3, 0]
-LAYER = "features.6"
+LAYERS = ["features.4", "features.6"]
+"""A ReLU's output [12,12,12], with zeros in it, and a leaky ReLU's [40,12,12], signed."""
+TOLERANCE = 1e-4
+"""Of maps from 0 to 1; the largest difference met is 2e-5, of Eigen-CAM."""
 
 
 class Net(torch.nn.Module):
@@ -26,127 +34,345 @@ class Net(torch.nn.Module):
             torch.nn.MaxPool2d(2),
             torch.nn.Conv2d(8, 12, 3, padding=1),
             torch.nn.ReLU(),
-            torch.nn.Conv2d(12, 12, 3, padding=1),
-            torch.nn.ReLU(),
+            torch.nn.Conv2d(12, 40, 3, padding=1),
+            torch.nn.LeakyReLU(0.3),
             torch.nn.MaxPool2d(3, 2, 1),
         )
         self.head = torch.nn.Sequential(
-            torch.nn.Flatten(), torch.nn.Linear(12 * 36, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5)
+            torch.nn.Flatten(), torch.nn.Linear(40 * 36, 20), torch.nn.Softplus(), torch.nn.Linear(20, 5)
         )
 
     def forward(self, x):
         return self.head(self.features(x))
 
 
+class Linear(torch.nn.Module):
+    """A convolution, pooled, and one linear layer: what CAM asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU())
+        self.fc = torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    # Larger weights than usual: peers add an epsilon to powers of the gradient in Grad-CAM++.
     net = Net().eval()
+    # So that in the Keras code the ones that the map starts from do not outweigh the rest.
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(3)
-        net.head[3].weight.mul_(100)
+        net.features[5].weight.mul_(60)
+        net.head[1].weight.mul_(0.1)
+        net.head[3].weight.mul_(2)
     return net
 
 
 @pytest.fixture(scope="module")
-def picture():
-    return torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+def pictures():
+    return torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+def exported(module, pictures, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dynamic = ({0: torch.export.Dim("N")},)
+        torch.onnx.export(
+            module, (pictures,), path, input_names=["x"], dynamic_shapes=dynamic, dynamo=True, verbose=False
+        )
+    return path
 
 
 @pytest.fixture(scope="module")
-def explain(net, picture, tmp_path_factory):
-    path = tmp_path_factory.mktemp("peers") / "net.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(net, (picture,), path, dynamo=True, input_names=["x"], verbose=False)
-
-    def run(method):
-        explained = path.with_name("explained.onnx")
-        attach(path, explained, layer=LAYER, method=method, emit=["cam", "activations", "gradients"])
-        session = onnxruntime.InferenceSession(explained, quiet())
-        outputs = ["cam", "cam_activations", "cam_gradients"]
-        cam, a, g = session.run(outputs, {"x": picture.numpy(), "cam_class": np.array([CLASSES])})
-        return cam[0], a, g
-
-    return run
+def file(net, pictures, tmp_path_factory):
+    return exported(net, pictures, tmp_path_factory.mktemp("peers") / "net.onnx")
 
 
-def scaled(cam, epsilon):
-    """Scale to [0,1] as both peers do: minus the minimum, over what is then the maximum plus epsilon."""
-    cam = cam - cam.min()
-    return cam / (cam.max() + epsilon)
+def explained(file, pictures, *outputs, **options):
+    """Attach and run; return the outputs for `CLASSES`."""
+    path = file.with_name("explained.onnx")
+    emit = {"cam": "cam", "cam_heatmap": "heatmap", "cam_activations": "activations"}
+    attach(file, path, emit=[emit.get(name, "gradients") for name in outputs], **options)
+    session = onnxruntime.InferenceSession(path, quiet())
+    return session.run(list(outputs), {"x": pictures.numpy(), "cam_class": np.array([CLASSES])})
 
 
-def by_pytorch_grad_cam(name, net, picture, index):
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    with getattr(pytorch_grad_cam, name)(net, [net.features[6]]) as cam:
-        return cam(picture, [ClassifierOutputTarget(index)])[0]
+def unit(maps):
+    """Scale each map to [0,1]."""
+    maps = maps - maps.min((2, 3), keepdims=True)
+    return maps / maps.max((2, 3), keepdims=True)
 
 
-def as_pytorch_grad_cam_shows(cam):
-    """Scale at the layer's resolution, resize with OpenCV, scale again: what its call returns."""
-    return scaled(cv2.resize(scaled(cam, 1e-7), (24, 24)), 1e-7)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("method", DIALECTS["pytorch-grad-cam"].methods)
+def test_pytorch_grad_cam(net, pictures, file, method, layer):
+    (maps,) = explained(file, pictures, "cam_heatmap", method=method, layer=layer, compat="pytorch-grad-cam")
+    module = net.get_submodule(layer)
+    for k, index in enumerate(CLASSES):
+        expected = peers.by_pytorch_grad_cam(method, net, [module], pictures, index)
+        assert expected.max() > 0.9
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
 
-def by_torchcam(name, net, picture, index):
-    import torchcam.methods
+@pytest.mark.parametrize("method", ["gradcam", "elementwise", "eigencam"])
+def test_pytorch_grad_cam_averages_layers(net, pictures, file, method):
+    (maps,) = explained(file, pictures, "cam_heatmap", method=method, layer=LAYERS, compat="pytorch-grad-cam")
+    modules = [net.get_submodule(layer) for layer in LAYERS]
+    for k, index in enumerate(CLASSES):
+        expected = peers.by_pytorch_grad_cam(method, net, modules, pictures, index)
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
-    with getattr(torchcam.methods, name)(net, net.features[6]) as extractor:
-        return extractor(index, net(picture), normalized=False)[0][0].numpy()
+
+def test_pytorch_grad_cam_multiplies_layers(net, pictures, file):
+    options = {"method": "gradcam++", "layer": LAYERS, "compat": "pytorch-grad-cam", "fuse": "product"}
+    (maps,) = explained(file, pictures, "cam_heatmap", **options)
+    modules = [net.get_submodule(layer) for layer in LAYERS]
+    for k, index in enumerate(CLASSES):
+        expected = peers.refined_by_pytorch_grad_cam("gradcam++", net, modules, pictures, index)
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
-    ("method", "peer"), [("gradcam", "GradCAM"), ("hirescam", "HiResCAM"), ("gradcam++", "GradCAMPlusPlus")]
+    ("method", "smooth"),
+    [
+        ("gradcam", ["augmentation"]),
+        ("gradcam", ["eigen"]),
+        ("hirescam", ["eigen"]),
+        ("elementwise", ["eigen"]),
+        ("layercam", ["augmentation", "eigen"]),
+    ],
 )
-def test_pytorch_grad_cam(net, picture, explain, method, peer):
-    cam, _, _ = explain(method)
+def test_pytorch_grad_cam_smooths(net, pictures, file, method, smooth):
+    (maps,) = explained(
+        file,
+        pictures,
+        "cam_heatmap",
+        method=method,
+        layer=LAYERS[1],
+        smooth=smooth,
+        compat="pytorch-grad-cam",
+    )
+    asked = {"aug_smooth": "augmentation" in smooth, "eigen_smooth": "eigen" in smooth}
     for k, index in enumerate(CLASSES):
-        expected = by_pytorch_grad_cam(peer, net, picture, index)
+        module = net.get_submodule(LAYERS[1])
+        expected = peers.by_pytorch_grad_cam(method, net, [module], pictures, index, **asked)
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("method", DIALECTS["torchcam"].methods.keys() - {"cam"})
+def test_torchcam(net, pictures, file, method, layer):
+    (maps,) = explained(file, pictures, "cam", method=method, layer=layer, compat="torchcam")
+    for k, index in enumerate(CLASSES):
+        (expected,) = peers.by_torchcam(method, net, [net.get_submodule(layer)], pictures, index)
         assert expected.max() > 0.9
-        np.testing.assert_allclose(as_pytorch_grad_cam_shows(cam[k]), expected, atol=1e-4)
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
 
-def test_pytorch_grad_cams_epsilon_in_gradcam_plus_plus(net, picture, explain):
-    """It adds 1e-6 to the denominator, which matters where g^2 is small: with small weights maps differ."""
+def test_torchcams_cam(pictures, tmp_path):
+    torch.manual_seed(0)
+    module = Linear().eval()
+    file = exported(module, pictures, tmp_path / "linear.onnx")
+    (maps,) = explained(file, pictures, "cam", method="cam", layer="features.1", compat="torchcam")
+    for k, index in enumerate(CLASSES):
+        (expected,) = peers.by_torchcam("cam", module, ["features.1"], pictures, index, head="fc")
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("method", "fusion"), [("gradcam", "max"), ("layercam", "max"), ("layercam", "product")]
+)
+def test_torchcam_fuses(net, pictures, file, method, fusion):
+    """By the maximum, in LayerCAM of tanh(2 cam); by RefineCAM's product."""
+    import torchcam.methods
+
+    layers = ["features.1", "features.6"]
+    options = {} if fusion == "max" else {"fuse": fusion}
+    (maps,) = explained(file, pictures, "cam", method=method, layer=layers, compat="torchcam", **options)
+    assert maps.shape[2:] == (24, 24)
+    kind = getattr(torchcam.methods, peers.TORCHCAM[method])
+    joins = kind if fusion == "max" else torchcam.methods.RefineCAM
+    for k, index in enumerate(CLASSES):
+        cams = peers.by_torchcam(method, net, layers, pictures, index)
+        expected = joins.fuse_cams([torch.from_numpy(cam) for cam in cams])
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
+
+
+def test_torchcams_overlay(net, pictures, file):
+    """The heat map is what overlay_mask colours: with a colour map of greys it is seen in 255ths."""
+    from matplotlib.colors import ListedColormap
+    from torchcam.utils import overlay_mask
+
+    greys = ListedColormap(np.repeat(np.linspace(0, 1, 256)[:, None], 3, axis=1))
+    cam, heat = explained(
+        file, pictures, "cam", "cam_heatmap", method="gradcam", layer="features.7", compat="torchcam"
+    )
+    assert cam.shape[2:] == (6, 6)
+    black = PIL.Image.new("RGB", (24, 24))
+    for n, k in np.ndindex(2, 2):
+        shown = overlay_mask(black, PIL.Image.fromarray(cam[n, k]), colormap=greys, alpha=0.0)
+        seen = np.asarray(shown)[..., 0] / 255
+        np.testing.assert_allclose(heat[n, k], seen, atol=2 / 255)  # 256 colours, cut to bytes twice
+        full = np.asarray(PIL.Image.fromarray(cam[n, k]).resize((24, 24), PIL.Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(heat[n, k], np.minimum(full**2, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("evidence", "relu"), [(None, False), ("both", False), ("for", True)])
+def test_captum(net, pictures, file, evidence, relu):
+    from captum.attr import LayerAttribution
+
+    cam, heat = explained(
+        file, pictures, "cam", "cam_heatmap", layer="features.7", compat="captum", evidence=evidence
+    )
+    for k, index in enumerate(CLASSES):
+        expected = peers.by_captum("gradcam", net, net.features[7], pictures, index, relu)
+        largest = float(expected.abs().max())
+        np.testing.assert_allclose(cam[:, k], expected[:, 0], atol=1e-5 * largest)
+        full = LayerAttribution.interpolate(expected, (24, 24))
+        np.testing.assert_allclose(heat[:, k], full[:, 0], atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("dialect", ["pytorch-grad-cam", "torchcam"])
+def test_counterfactual_is_the_map_of_the_negative_score(net, pictures, file, dialect):
+    out = peers.RETURNED[dialect]
+    (maps,) = explained(file, pictures, out, layer=LAYERS[1], compat=dialect, evidence="counterfactual")
+    by = peers.by_pytorch_grad_cam if dialect == "pytorch-grad-cam" else peers.by_torchcam
+    for k, index in enumerate(CLASSES):
+        found = by("gradcam", net, [net.get_submodule(LAYERS[1])], pictures, index, sign=-1)
+        expected = found[0] if isinstance(found, list) else found
+        np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "method"),
+    [
+        ("pytorch-grad-cam", "gradcam++"),
+        ("pytorch-grad-cam", "eigencam"),
+        ("pytorch-grad-cam", "ablationcam"),
+        ("pytorch-grad-cam", "scorecam"),
+        ("torchcam", "gradcam++"),
+        ("torchcam", "scorecam"),
+    ],
+)
+def test_a_dialects_own_form_is_another_map_than_the_papers(pictures, file, dialect, method):
+    """So the comparisons above would see the paper's form in its place."""
+    own, paper = (
+        explained(file, pictures, "cam", method=method, layer=LAYERS[1], compat=compat)[0]
+        for compat in (dialect, "paper")
+    )
+    assert np.abs(unit(own) - unit(paper)).max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("dialect", peers.PEERS)
+def test_every_method_of_a_dialect_is_compared(dialect):
+    assert set(DIALECTS[dialect].methods) == set(peers.PEERS[dialect])
+
+
+def of_the_probability(net, pictures, layer):
+    """Yield activation and gradient, float64 [h,w,C] as Keras has them, for each picture and class."""
+    double = Net().double().eval()
+    double.load_state_dict(net.state_dict())
+    kept = []
+    hook = double.get_submodule(layer).register_forward_hook(lambda _m, _i, output: kept.append(output))
+    for n in range(len(pictures)):
+        for k, index in enumerate(CLASSES):
+            probability = torch.softmax(double(pictures[n : n + 1].double()), 1)[0, index]
+            (g,) = torch.autograd.grad(probability, kept[-1])
+            a, g = (x[0].detach().permute(1, 2, 0).numpy() for x in (kept[-1], g))
+            yield n, k, a, g
+    hook.remove()
+
+
+def test_keras_book(net, pictures, file):
+    """Listings 5.42 to 5.44 of Deep Learning with Python, 2017, in float64."""
+    cam, heat = explained(file, pictures, "cam", "cam_heatmap", layer=LAYERS[1], compat="keras-book")
+    for n, k, a, g in of_the_probability(net, pictures, LAYERS[1]):
+        pooled = g.mean((0, 1))
+        expected = (a * pooled).mean(-1)
+        assert expected.min() < 0 < expected.max()
+        expected = np.maximum(expected, 0)
+        expected /= expected.max()
+        np.testing.assert_allclose(cam[n, k], expected, atol=1e-5)
+        np.testing.assert_allclose(heat[n, k], cv2.resize(expected, (24, 24)), atol=1e-5)
+
+
+def test_keras_grad_cam(net, pictures, file):
+    """grad_cam of jacobgil/keras-grad-cam in float64."""
+    cam, heat = explained(file, pictures, "cam", "cam_heatmap", layer=LAYERS[1], compat="keras-grad-cam")
+    for n, k, a, g in of_the_probability(net, pictures, LAYERS[1]):
+        g = g / (np.sqrt((g**2).mean()) + 1e-5)
+        expected = 1 + (g.mean((0, 1)) * a).sum(-1)
+        assert expected.min() < 0 < expected.max()
+        np.testing.assert_allclose(cam[n, k], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        full = np.maximum(cv2.resize(expected, (24, 24)), 0)
+        np.testing.assert_allclose(heat[n, k], full / full.max(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dialect", ["keras-book", "keras-grad-cam"])
+def test_keras_dialects_explain_the_probability_and_say_so(net, pictures, file, dialect, tmp_path):
+    explained_file = tmp_path / "explained.onnx"
+    model = attach(file, explained_file, compat=dialect, layer=LAYERS[1])
+    assert '"score": "after"' in model.metadata_props["onnxcam"]
+    attach(file, compat=dialect, layer=LAYERS[1], score="after")
+    with pytest.raises(OnnxcamError, match=f"{dialect} explains the score after the softmax, not before"):
+        attach(file, compat=dialect, layer=LAYERS[1], score="before")
+
+
+@pytest.fixture(scope="module")
+def flat(pictures, tmp_path_factory):
+    """A model whose head has weights of zero, so that no map has anything to show."""
+    module = Linear().eval()
     with torch.no_grad():
-        net.head[3].weight.mul_(1e-3)
-    try:
-        index = CLASSES[0]
-        expected = by_pytorch_grad_cam("GradCAMPlusPlus", net, picture, index)
-        _, a, g = explain("gradcam++")
-        # The explained file still has the large weights; its gradients are 1000 times those of `net`.
-        g = g[:1].astype(np.float64) * 1e-3
-        a = a.astype(np.float64)
-        total = a.sum((2, 3), keepdims=True)
-        for epsilon, agrees in ((1e-6, True), (0.0, False)):
-            quotient = np.divide(g**2, 2 * g**2 + total * g**3 + epsilon, where=g != 0, out=np.zeros_like(g))
-            weights = (quotient * np.maximum(g, 0)).sum((2, 3), keepdims=True)
-            shown = as_pytorch_grad_cam_shows(np.maximum((weights * a).sum(1)[0], 0).astype(np.float32))
-            assert (np.abs(shown - expected).max() < 1e-4) == agrees
-    finally:
-        with torch.no_grad():
-            net.head[3].weight.mul_(1e3)
+        module.fc.weight.zero_()
+    return exported(module, pictures, tmp_path_factory.mktemp("flat") / "flat.onnx")
 
 
-def test_torchcam_gradcam(net, picture, explain):
-    cam, _, _ = explain("gradcam")
-    for k, index in enumerate(CLASSES):
-        expected = by_torchcam("GradCAM", net, picture, index)
-        assert expected.max() > 0
-        np.testing.assert_allclose(cam[k], expected, rtol=1e-4, atol=1e-4 * expected.max())
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_map_of_zeros_is_zero_not_a_division_by_nothing(dialect, flat, pictures):
+    both = explained(flat, pictures, "cam", "cam_heatmap", layer="features.1", compat=dialect)
+    level = 1.0 if dialect == "keras-grad-cam" else 0.0  # which starts at ones
+    for maps in both:
+        np.testing.assert_allclose(maps, np.full_like(maps, level), atol=1e-6 * level)
 
 
-def test_torchcams_gradcam_plus_plus_is_another_formula(net, picture, explain):
-    """torch-cam 0.5 divides a copy, so that its weights are S(relu(g)^3) instead of the paper's."""
-    cam, a, g = explain("gradcam++")
-    for k, index in enumerate(CLASSES):
-        expected = by_torchcam("GradCAMpp", net, picture, index)
-        weights = (np.maximum(g[k : k + 1], 0) ** 3).sum((2, 3), keepdims=True)
-        np.testing.assert_allclose(
-            np.maximum((weights * a).sum(1)[0], 0), expected, rtol=1e-4, atol=1e-4 * expected.max()
-        )
-        assert np.abs(scaled(cam[k], 0) - scaled(expected, 0)).max() > 0.01
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compat": "pytorch"}, "compat is 'pytorch'; it must be one of paper, pytorch-grad-cam, torchcam"),
+        ({"compat": "captum", "method": "layercam"}, "captum has no method 'layercam'; it has: gradcam"),
+        ({"compat": "pytorch-grad-cam", "method": "cam"}, "pytorch-grad-cam has no method 'cam'; it has: "),
+        (
+            {"compat": "pytorch-grad-cam", "evidence": "both"},
+            "pytorch-grad-cam gives no evidence 'both' in gradcam, only for or counterfactual",
+        ),
+        ({"compat": "keras-grad-cam", "evidence": "for"}, "gives no evidence 'for' in gradcam, only both"),
+        (
+            {"compat": "torchcam", "smooth": ["eigen"]},
+            "torchcam has no smoothing 'eigen'; it has no smoothing",
+        ),
+        ({"compat": "torchcam", "fuse": "mean"}, "torchcam joins layers only by max or product, not by mean"),
+        ({"compat": "captum", "fuse": "max"}, "captum joins layers in no way, not by max"),
+        ({"compat": "captum", "layer": LAYERS}, "captum does not join the maps of several layers"),
+        (
+            {"compat": "pytorch-grad-cam", "method": "fem", "smooth": ["eigen"]},
+            "fem is not a sum over the channels: no attributions and no eigen smoothing",
+        ),
+        ({"method": "eigencam", "emit": ["attributions"]}, "eigencam is not a sum over the channels"),
+    ],
+)
+def test_what_a_dialect_lacks_is_one_clear_line(file, options, message):
+    with pytest.raises(OnnxcamError) as raised:
+        attach(file, **{"layer": LAYERS[1], **options})
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_own_forms_say_their_formula():
+    for dialect in DIALECTS.values():
+        for name, method in dialect.methods.items():
+            assert method.name == name
+            assert method.summary, (dialect.name, name)
+            if method is not METHODS[name]:
+                assert method.cost == METHODS[name].cost

@@ -1,7 +1,7 @@
 """What several methods compute: sums over channels, masks, principal components."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from onnx_ir import Value
@@ -44,8 +44,10 @@ def largest(op: Emitter, terms: Value) -> Value:
     return op.ReduceMax(op.Abs(terms), [2], keepdims=0)
 
 
-def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value:
-    """Resize maps [N,K,h,w] to a size, with half-pixel centres."""
+def resized(
+    op: Emitter, maps: Value, size: Size, mode: str = "linear", centres: str = "half_pixel", **options: Any
+) -> Value:
+    """Resize maps [N,K,h,w] to a size; `centres` is the coordinate transformation, `options` are Resize's."""
     return op.Resize(
         maps,
         None,
@@ -53,7 +55,8 @@ def resized(op: Emitter, maps: Value, size: Size, mode: str = "linear") -> Value
         size,
         axes=[2, 3],
         mode=mode,
-        coordinate_transformation_mode="half_pixel",
+        coordinate_transformation_mode=centres,
+        **options,
     )
 
 
@@ -62,6 +65,12 @@ def unit(op: Emitter, maps: Value, axes: Sequence[int] = (2, 3)) -> Value:
     low = op.ReduceMin(maps, list(axes), keepdims=1)
     span = op.Sub(op.ReduceMax(maps, list(axes), keepdims=1), low)
     return op.Div(op.Sub(maps, low), op.Where(op.Greater(span, 0.0), span, 1.0))
+
+
+def scaled(op: Emitter, maps: Value, epsilon: float) -> Value:
+    """Take each map's minimum from it and divide by what is then the maximum plus `epsilon`."""
+    above = op.Sub(maps, op.ReduceMin(maps, [2, 3], keepdims=1))
+    return op.Div(above, op.Add(op.ReduceMax(above, [2, 3], keepdims=1), epsilon))
 
 
 def first_component(op: Emitter, x: Value) -> Value:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import first_component, summed, total
+from onnxcam.methods.algebra import summed, total
 
 if TYPE_CHECKING:
     from onnxcam.probe import Probe
@@ -71,7 +71,7 @@ class Method:
         return " ".join(inspect.cleandoc(self.function.__doc__ or "").partition("\n\n")[0].split())
 
     def outputs(
-        self, op: Emitter, probe: "Probe", wanted: Sequence[str], smooth: bool = False
+        self, op: Emitter, probe: "Probe", wanted: Sequence[str], projection: Reduction | None = None
     ) -> dict[str, Value]:
         """Emit the map and what belongs to it.
 
@@ -79,7 +79,7 @@ class Method:
             op: where the nodes go.
             probe: the run of the model, seen from the layer.
             wanted: of ``gradients`` and ``attributions``.
-            smooth: project the terms onto their first principal component instead of reducing them.
+            projection: what makes a map [N,K,h,w] of the terms instead of the method's own reduction.
 
         Returns:
             ``cam``, the map [N,K,h,w] before any ReLU, ``gradients`` dy/dA [N,K,C,h,w] and ``attributions``,
@@ -94,7 +94,7 @@ class Method:
                 if "hda" in self.needs:
                     given["hda"] = probe.curvature(da)
             found = self.function(op, **{name: given[name] for name in self.needs})
-            return self._parts(op, found, a, wanted, smooth) + (
+            return self._parts(op, found, a, wanted, projection) + (
                 [da] if "gradients" in wanted and da is not None else []
             )
 
@@ -107,10 +107,12 @@ class Method:
             (found["gradients"],) = probe.per_sum(lambda da: [da])
         return found
 
-    def _parts(self, op: Emitter, found: Value, a: Value, wanted: Sequence[str], smooth: bool) -> list[Value]:
+    def _parts(
+        self, op: Emitter, found: Value, a: Value, wanted: Sequence[str], projection: Reduction | None
+    ) -> list[Value]:
         if self.gives == "map":
             return [found]
-        plain = self.over_channels is total and not smooth and "attributions" not in wanted
+        plain = projection is None and self.over_channels is total and "attributions" not in wanted
         if self.gives == "weights" and plain:
             return [summed(op, found, a)]
         terms = found
@@ -118,7 +120,7 @@ class Method:
             if found.shape is not None and len(found.shape) == 3:
                 found = op.Unsqueeze(found, [3, 4])
             terms = op.Mul(found, a)
-        cam = first_component(op, terms) if smooth else self.over_channels(op, terms)
+        cam = (projection or self.over_channels)(op, terms)
         return [cam, *([terms] if "attributions" in wanted else [])]
 
 
@@ -140,13 +142,14 @@ def method(
     rules: str | None = None,
     requires: str | None = None,
     instead: str | None = None,
+    into: dict[str, Method] = METHODS,
 ) -> Callable[[Function], Function]:
-    """Register the decorated function under `name`; see `Method`."""
+    """Register the decorated function under `name`, in METHODS or a dialect's own table; see `Method`."""
     assert gives in GIVES
     assert (requires is None) == (instead is None)
 
     def register(function: Function) -> Function:
-        METHODS[name] = Method(
+        into[name] = Method(
             name, function, gives, over_channels, rectified, unsigned, at_picture, full_size, target, rules,
             requires, instead, cost,
         )  # fmt: skip

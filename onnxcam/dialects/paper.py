@@ -1,52 +1,15 @@
-"""DIALECTS: whose numbers a map has. ``paper`` is each method as its paper defines it.
+"""Each method as its paper defines it; scaling, fusing and smoothing as is usual."""
 
-Libraries differ in epsilons, in how they scale and resize a map, and in formulas; a dialect reproduces one.
-"""
-
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
+from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
-from onnxcam.errors import OnnxcamError
 from onnxcam.methods import METHODS, Method
 from onnxcam.methods.algebra import Size, resized, unit
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialect:
-    """The conventions of one library.
-
-    Attributes:
-        name: what people type.
-        methods: what it implements, as it does.
-        heatmap: ``heatmap(op, cam, size, signed)`` brings a map [N,K,h,w] to the size of the picture and
-            scales it, as the library shows it.
-        fuse: ``fuse(op, maps, size, fusion)`` joins the maps of several layers.
-        averages_heatmaps: whether smoothing by augmentation averages heat maps instead of maps.
-    """
-
-    name: str
-    methods: Mapping[str, Method]
-    heatmap: Callable[[Emitter, Value, Size, bool], Value]
-    fuse: Callable[[Emitter, Sequence[Value], Size, str], Value]
-    averages_heatmaps: bool = False
-
-    def method(self, name: str) -> Method:
-        """Return the method called `name` as this library does it.
-
-        Raises:
-            OnnxcamError: the library has no such method.
-        """
-        if name not in self.methods:
-            raise OnnxcamError(
-                f"{self.name} has no method {name!r}; it has: {', '.join(self.methods)}. "
-                "Without --compat the method is as its paper defines it"
-            )
-        return self.methods[name]
 
 
 def heatmap(op: Emitter, cam: Value, size: Size, signed: bool = False) -> Value:
@@ -76,7 +39,7 @@ def heatmap(op: Emitter, cam: Value, size: Size, signed: bool = False) -> Value:
     return unit(op, full)
 
 
-def fuse(op: Emitter, maps: Sequence[Value], size: Size, fusion: str) -> Value:
+def fuse(op: Emitter, maps: Sequence[Value], size: Size, fusion: str, _method: Method) -> Value:
     """Scale each map by its largest absolute value, resize them, and take the mean, maximum or product.
 
     LayerCAM (Jiang et al. 2021, eq. 8-9) takes the maximum, after a tanh.
@@ -95,5 +58,12 @@ def fuse(op: Emitter, maps: Sequence[Value], size: Size, fusion: str) -> Value:
     return product
 
 
-DIALECTS: dict[str, Dialect] = {"paper": Dialect("paper", METHODS, heatmap, fuse)}
-"""Every dialect by the name that people type."""
+PAPER = Dialect(
+    "paper",
+    METHODS,
+    heatmap,
+    fusions=("mean", "max", "product"),
+    fuse=fuse,
+    evidence=("for", "against", "both", "counterfactual"),
+    smoothings=("augmentation", "eigen"),
+)
