@@ -11,22 +11,30 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam import __version__, layers, onnxfile
-from onnxcam.card import KEY, LAYOUTS, Card, Preprocess
-from onnxcam.dialects import DIALECTS, Dialect
+from onnxcam.card import (
+    CLASS_INPUTS,
+    EMITS,
+    EVIDENCE,
+    FUSIONS,
+    KEY,
+    LAYOUTS,
+    SCORES,
+    SMOOTHINGS,
+    Card,
+    Preprocess,
+)
+from onnxcam.dialects import DIALECTS
 from onnxcam.emit import Emitter, all_values
-from onnxcam.errors import OnnxcamError, suggest
-from onnxcam.explaining import EVIDENCE, FUSIONS, SMOOTHINGS, Request, explain
+from onnxcam.errors import OnnxcamError
+from onnxcam.explaining import Request, explain
 from onnxcam.grid import Grid
-from onnxcam.methods import METHODS, Method
+from onnxcam.methods import Method, named
 from onnxcam.probe import Probe
 from onnxcam.seed import ROWS, class_seeds
 from onnxcam.simplify import simplify
 from onnxcam.vjp import RULES, VARIANTS
 from onnxcam.vjp.shapes import dims
 
-EMITS = ("cam", "heatmap", "activations", "gradients", "attributions")
-CLASS_INPUTS = ("optional", "required")
-SCORES = ("before", "after")
 PREFIX = "cam"
 
 _OUTPUTS = {
@@ -90,9 +98,12 @@ def attach(
     """
     _one_of("compat", compat, list(DIALECTS))
     dialect = DIALECTS[compat]
-    request = Request(_method(method, dialect), dialect, evidence, fuse, tuple(smooth))
+    named(method)
+    request = Request(dialect.method(method), dialect, evidence, fuse, tuple(smooth))
     if evidence is not None:
         _one_of("evidence", evidence, EVIDENCE)
+    if layer is not None and not layer:
+        raise OnnxcamError("the layer is empty; leave it out for the default")
     _one_of("fuse", fuse, FUSIONS)
     for name in smooth:
         _one_of("smoothing", name, SMOOTHINGS)
@@ -126,6 +137,8 @@ def attach(
         score=score,
         compat=None if compat == "paper" else compat,
         evidence=evidence,
+        fuse=fuse if len(sources) > 1 else None,
+        smooth=tuple(smooth) or None,
         module=sources[0].module if len(sources) == 1 else None,
         grid=str(sources[0].grid) if len(sources) == 1 and sources[0].grid.order != "NCHW" else None,
         labels=_labels(labels, found.output),
@@ -335,14 +348,6 @@ def _labels(labels: Sequence[str] | None, scores: Value) -> tuple[str, ...] | No
     if isinstance(count, int) and count != len(labels):
         raise OnnxcamError(f"there are {len(labels)} labels for {count} classes")
     return tuple(labels)
-
-
-def _method(name: str, dialect: Dialect) -> Method:
-    if name not in METHODS:
-        raise OnnxcamError(
-            f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
-        )
-    return dialect.method(name)
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:

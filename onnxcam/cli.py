@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxcam import __version__
-from onnxcam.card import INTERPOLATIONS, LAYOUTS
+from onnxcam.card import (
+    CLASS_INPUTS,
+    EMITS,
+    EVIDENCE,
+    FUSIONS,
+    INTERPOLATIONS,
+    LAYOUTS,
+    SCORES,
+    SMOOTHINGS,
+)
 from onnxcam.errors import OnnxcamError
 
 if TYPE_CHECKING:
@@ -33,20 +42,6 @@ class Provider(str, enum.Enum):
 
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Score(str, enum.Enum):
-    """Which class score is explained."""
-
-    before = "before"
-    after = "after"
-
-
-class ClassInput(str, enum.Enum):
-    """Whether ``cam_class`` has a default."""
-
-    optional = "optional"
-    required = "required"
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -110,12 +105,49 @@ def _labels(path: Path | None) -> list[str] | None:
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
-Layer = Annotated[
-    str | None,
-    typer.Option(help="The activation to explain: a value name, a node name or a PyTorch module path."),
+def _or(names: Sequence[str]) -> str:
+    """Name alternatives, as in ``a, b or c``."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        help="The activation to explain: a value name, a node name or a PyTorch module path. "
+        "May be repeated; the maps are then joined.",
+    ),
 ]
-Method = Annotated[str | None, typer.Option(help="How the map is made: gradcam, gradcam++, hirescam, cam.")]
-ScoreOption = Annotated[Score | None, typer.Option(help="Explain the score before or after the softmax.")]
+Method = Annotated[
+    str | None, typer.Option(help="How the map is made; gradcam if not given. See 'onnxcam methods'.")
+]
+Evidence = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What of the map is kept, with regard to the class: {_or(EVIDENCE)}; "
+        "as in the method's paper if not given."
+    ),
+]
+Fuse = Annotated[
+    str | None,
+    typer.Option(help=f"How the maps of several layers are joined: {_or(FUSIONS)}; mean if not given."),
+]
+Smooth = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"{SMOOTHINGS[0]} (mean over mirrored, weaker and stronger pictures) or "
+        f"{SMOOTHINGS[1]} (first principal component); may be repeated."
+    ),
+]
+Compat = Annotated[
+    str | None,
+    typer.Option(
+        help="Whose numbers the map has: a library's, see 'onnxcam methods'; the paper's if not given."
+    ),
+]
+Score = Annotated[
+    str | None, typer.Option(help=f"Explain the score {_or(SCORES)} the softmax; before if not given.")
+]
 Scores = Annotated[str | None, typer.Option(help="The output that holds the class scores, if several could.")]
 # readable=False: whether a file can be read shows when it is opened, in our own words and for each picture.
 Labels = Annotated[
@@ -140,10 +172,9 @@ Interpolation = Annotated[
     str | None, typer.Option(help=f"{', '.join(INTERPOLATIONS)}; bilinear if not given.")
 ]
 Layout = Annotated[str | None, typer.Option(help=f"{' or '.join(LAYOUTS)}; read off the model if not given.")]
-Emit = Annotated[str, typer.Option(help="Outputs to add, of cam,heatmap,activations,gradients.")]
-ClassInputOption = Annotated[
-    ClassInput,
-    typer.Option(help="Whether cam_class may be left out; some runtimes need it required."),
+Emit = Annotated[str, typer.Option(help=f"Outputs to add, of {','.join(EMITS)}.")]
+ClassInput = Annotated[
+    str, typer.Option(help=f"cam_class is {_or(CLASS_INPUTS)}; some runtimes need it required.")
 ]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Where the explained model is written.", readable=False)
@@ -167,9 +198,13 @@ def run(
             help="A class index, a label, -1 for the best or top3; may be repeated.",
         ),
     ] = None,
-    layer: Layer = None,
+    layer: Layers = None,
     method: Method = None,
-    score: ScoreOption = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
+    score: Score = None,
     scores: Scores = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.", readable=False)
@@ -200,7 +235,11 @@ def run(
         preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
         layer=layer,
         method=method,
-        score=None if score is None else score.value,
+        evidence=evidence,
+        fuse=fuse,
+        smooth=smooth,
+        compat=compat,
+        score=score,
         scores=scores,
     )
     wanted = explainer.resolve(classes or -1)
@@ -231,11 +270,15 @@ def attach(
         Path, typer.Argument(help="An ONNX classifier; it stays as it is.", metavar="MODEL", readable=False)
     ],
     output: Output,
-    layer: Layer = None,
+    layer: Layers = None,
     method: Method = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
     emit: Emit = "cam,heatmap",
-    class_input: ClassInputOption = ClassInput.optional,
-    score: ScoreOption = None,
+    class_input: ClassInput = "optional",
+    score: Score = None,
     scores: Scores = None,
     labels: Labels = None,
     size: Size = None,
@@ -256,9 +299,13 @@ def attach(
         output,
         layer=layer,
         method=method or "gradcam",
+        evidence=evidence,
+        fuse=fuse or "mean",
+        smooth=smooth or (),
+        compat=compat or "paper",
         emit=_parts(emit),
-        class_input=class_input.value,
-        score=score.value if score else "before",
+        class_input=class_input,
+        score=score or "before",
         scores=scores,
         labels=_labels(labels),
         **_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
@@ -275,11 +322,15 @@ def export(
     ] = None,
     input_size: Annotated[str, typer.Option(help="Input size: 224 or HEIGHTxWIDTH.")] = "224",
     channels: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 3,
-    layer: Layer = None,
+    layer: Layers = None,
     method: Method = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
     emit: Emit = "cam,heatmap",
-    class_input: ClassInputOption = ClassInput.optional,
-    score: ScoreOption = None,
+    class_input: ClassInput = "optional",
+    score: Score = None,
     labels: Labels = None,
     color: Color = None,
     scale: Scale = None,
@@ -300,9 +351,13 @@ def export(
         output,
         layer=layer,
         method=method or "gradcam",
+        evidence=evidence,
+        fuse=fuse or "mean",
+        smooth=smooth or (),
+        compat=compat or "paper",
         emit=_parts(emit),
-        class_input=class_input.value,
-        score=score.value if score else "before",
+        class_input=class_input,
+        score=score or "before",
         labels=_labels(labels),
         **_preprocess(None, color, scale, mean, std, resize, interpolation),
     )
@@ -463,8 +518,8 @@ def _text(explanation: "Explanation", files: dict[str, Any]) -> str:
     for prediction in explanation.predictions:
         lines.append(f"  {prediction.score:8.2%}  {prediction.label} ({prediction.index})")
     for k, (prediction, path) in enumerate(zip(explanation.classes, files["overlays"], strict=True)):
-        note = explanation.note(k)
-        lines.append(f"  why {prediction.label}? {path}" + (f"  (the map is {note})" if note else ""))
+        remark = explanation.remark(k)
+        lines.append(f"  why {prediction.label}? {path}" + (f"  ({remark})" if remark else ""))
     lines.append(f"  all in one: {files['panel']}")
     return "\n".join(lines)
 
@@ -475,9 +530,13 @@ def _report(output: Path, metadata: dict[str, str]) -> None:
 
     card = Card.from_metadata(metadata)
     assert card is not None
+    whose = f" as in {card.compat}" if card.compat else ""
     module = f" ({card.module})" if card.module else ""
-    grid = f", {card.grid}" if card.grid else ""
-    typer.echo(f"{output}: {card.method} at layer {card.layer}{module}{grid}, score {card.score} softmax")
+    facts = [f"{card.method}{whose} at layer {card.layer}{module}", card.grid]
+    facts += [f"{card.fuse} of the layers"] if card.fuse else []
+    facts += [f"smoothed by {' and '.join(card.smooth)}"] if card.smooth else []
+    facts += [f"evidence {card.evidence}"] if card.evidence else []
+    typer.echo(f"{output}: {', '.join(filter(None, facts))}, score {card.score} softmax")
     missing = card.input.missing()
     if missing:
         typer.echo(f"  not on the card, to be given to 'onnxcam run': {', '.join(missing)}")

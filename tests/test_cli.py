@@ -115,6 +115,7 @@ def test_json_is_one_object_for_each_picture(small_explained, photo, tmp_path):
                 "score",
                 "method",
                 "layer",
+                "evidence",
                 "minimum",
                 "maximum",
                 "peak",
@@ -190,6 +191,43 @@ def test_attach_options_reach_the_model(call, small, tmp_path):
     assert "cam_class" not in [i.name for i in model.graph.initializer]
     card = json.loads({p.key: p.value for p in model.metadata_props}["onnxcam"])
     assert (card["method"], card["layer"], card["score"]) == ("hirescam", "conv", "after")
+
+
+def test_options_of_the_map_reach_the_model(call, small, photo, tmp_path):
+    out = tmp_path / "explained.onnx"
+    options = [
+        *("--layer", "conv", "--layer", "features", "--fuse", "max", "--evidence", "both"),
+        *("--smooth", "augmentation", "--smooth", "eigen", "--compat", "paper"),
+    ]
+    code, text, err = call("attach", small, "-o", out, *FLAGS, *options)
+    assert (code, err) == (0, "")
+    assert text.splitlines() == [
+        f"{out}: gradcam at layer conv, features, max of the layers, smoothed by augmentation and eigen, "
+        "evidence both, score before softmax"
+    ]
+    # The explained model is what these very options ask for, and gives what the plain one gives with them.
+    for model, folder in ((out, "a"), (small, "b")):
+        code, text, err = call("run", model, photo, *FLAGS, *options, "--json", "-o", tmp_path / folder)
+        assert (code, err) == (0, "")
+        assert json.loads(text)["explanations"][0]["evidence"] == "both"
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_map_without_anything_above_zero_is_named(call, photo, tmp_path):
+    """The weights of the class are all below zero."""
+    model = onnx.load(saved(tmp_path, outputs=[]))
+    (w2,) = (t for t in model.graph.initializer if t.name == "w2")
+    w2.CopyFrom(numpy_helper.from_array(-np.abs(numpy_helper.to_array(w2)), "w2"))
+    onnx.save(model, tmp_path / "negative.onnx")
+    for method, note in (("gradcam", "all zero"), ("cam", "all negative")):
+        arguments = ("run", tmp_path / "negative.onnx", photo, *FLAGS, "--method", method, "-o", tmp_path)
+        code, text, _ = call(*arguments)
+        assert code == 0
+        assert f"(the map is {note}: nothing speaks for the class)" in text
+        (found,) = json.loads(call(*arguments, "--json")[1])["explanations"]
+        assert (found["note"], found["peak"]) == (note, None)
+        assert (found["minimum"] < 0) == (method == "cam")
 
 
 def test_layers(call, small):
@@ -511,6 +549,28 @@ BAD_ATTACH = {
         "output is 'heat'; it must be one of cam, heatmap, activations, gradients",
     ),
     "emit nothing": (["--emit", ","], "nothing to emit"),
+    "class input": (
+        ["--class-input", "never"],
+        "class input is 'never'; it must be one of optional, required",
+    ),
+    "score": (["--score", "during"], "score is 'during'; it must be one of before, after"),
+    "evidence": (
+        ["--evidence", "none"],
+        "evidence is 'none'; it must be one of for, against, both, counterfactual",
+    ),
+    "fuse": (["--fuse", "sum"], "fuse is 'sum'; it must be one of mean, max, product"),
+    "smooth": (["--smooth", "blur"], "smoothing is 'blur'; it must be one of augmentation, eigen"),
+    "compat": (["--compat", "keras"], "compat is 'keras'; it must be one of paper"),
+    "empty layer": (["--layer", ""], "no layer ''"),
+    "one of the layers": (["--layer", "conv", "--layer", "cnv"], "no layer 'cnv' .did you mean 'conv'"),
+    "activations of several": (
+        ["--layer", "conv", "--layer", "features", "--emit", "activations"],
+        "activations are those of one layer; there are several",
+    ),
+    "attributions of a map": (
+        ["--method", "eigencam", "--emit", "attributions"],
+        "eigencam is no sum over channels, so there are no attributions",
+    ),
     "scores": (["--scores", "score"], "no output 'score' .did you mean 'scores'"),
     "size": (["--size", "224x"], "size is '224x'; it must be PIXELS or HEIGHTxWIDTH"),
     "size zero": (["--size", "0"], "height is given as 0"),
@@ -549,7 +609,7 @@ def test_bad_option(call, small, photo, tmp_path, kind, command):
     out = tmp_path / "out"
     if command == "attach":
         answer = call("attach", small, "-o", out, *options)
-    elif options[0] == "--emit":
+    elif {"--emit", "--class-input"}.intersection(options):
         return  # not an option of run
     else:
         answer = call("run", small, photo, *FLAGS, *options, "-o", out)
@@ -576,6 +636,14 @@ def test_layer_that_does_not_influence_the_scores(call, tmp_path):
         (["--provider", "cuda"], "provider 'cuda' is not available; this onnxruntime has: cpu"),
         (["--layer", "conv"], "explained already, with layer 'features' instead of 'conv'"),
         (["--method", "cam"], "explained already, with method 'gradcam' instead of 'cam'"),
+        (
+            ["--layer", "conv", "--layer", "features"],
+            "explained already, with layer 'features' instead of 'conv, features'",
+        ),
+        (["--evidence", "both"], "explained already, without evidence 'both'; attach to the original"),
+        (["--fuse", "max"], "explained already, without fuse 'max'"),
+        (["--smooth", "eigen"], "explained already, without smooth 'eigen'"),
+        (["--compat", "captum"], "explained already, with compat 'paper' instead of 'captum'"),
         (["--labels", os.devnull], "there are 0 labels for 4 classes"),
     ],
 )
@@ -669,13 +737,13 @@ def test_too_little_memory_is_one_line(call, small_explained, photo, tmp_path, m
 def test_help_names_every_option(call, command):
     code, text, err = call(command, "--help")
     assert (code, err) == (0, "")
+    facts = "--labels --size --color --scale --mean --std --resize --interpolation --layout"
+    maps = "--layer --method --evidence --fuse --smooth --compat --score"
     expected = {
-        "run": "--class --layer --method --score --scores --output --provider --json --opacity --labels "
-        "--size --color --scale --mean --std --resize --interpolation --layout",
-        "attach": "--output --layer --method --emit --class-input --score --scores --labels --size --color "
-        "--scale --mean --std --resize --interpolation --layout",
+        "run": f"--class {maps} --scores --output --provider --json --opacity {facts}",
+        "attach": f"--output {maps} --emit --class-input --scores {facts}",
         "layers": "--scores --json",
-        "export": "--output --weights --input-size --layer --method --emit --class-input --score --labels "
+        "export": f"--output --weights --input-size {maps} --emit --class-input --labels "
         "--color --scale --mean --std --resize --interpolation",
         "operators": "",
     }[command].split()
@@ -699,9 +767,7 @@ def test_help_lists_the_commands(call):
         ["run", "model.onnx", "x.png", "--provider", "tpu"],
         ["run", "model.onnx", "x.png", "--opacity", "2"],
         ["run", "model.onnx", "x.png", "--opacity", "nan"],
-        ["run", "model.onnx", "x.png", "--score", "during"],
         ["attach", "model.onnx"],
-        ["attach", "model.onnx", "-o", "x", "--class-input", "never"],
         ["layers"],
         ["export"],
     ],

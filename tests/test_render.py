@@ -64,7 +64,59 @@ def test_colorize_returns_an_array_of_its_own():
     assert colorize(LEVELS).any()
 
 
+def test_signed_colors_are_blue_below_zero_and_red_above():
+    against, weak, faint, for_ = colorize(np.array([-1, -0.02, 0.02, 1], np.float32), signed=True).astype(int)
+    for blue in (against, weak):
+        assert blue[2] > 1.3 * max(blue[0], blue[1])
+    for red in (for_, faint):
+        assert red[0] > 1.5 * max(red[1], red[2])
+    assert weak.sum() > against.sum()
+    assert faint.sum() > for_.sum()
+    middle = colorize(np.array([np.nan, np.inf, 0], np.float32), signed=True)
+    assert (middle == middle[0]).all()
+    np.testing.assert_array_equal(colorize(np.array([-9, 9], np.float32), signed=True), [against, for_])
+
+
 # overlay
+
+
+SIGNED = np.linspace(-1, 1, 255, dtype=np.float32)
+
+
+def on_grey(heat, **options):
+    grey = Image.new("RGB", (heat.size, 1), (128, 128, 128))
+    return np.asarray(overlay(grey, heat[None], evidence="both", **options))[0].astype(float)
+
+
+def test_signed_overlay_is_even_from_zero_and_as_strong_on_either_side():
+    lab = oklab(on_grey(SIGNED))
+    from_zero = np.linalg.norm(lab - lab[127], axis=1)
+    assert from_zero[127] == 0
+    for side in (from_zero[127::-1], from_zero[127:]):
+        assert (np.diff(side[::8]) > 0).all()
+        # A tenth of the strongest is seen: a difference of 0.02 is about the least that is.
+        assert side[13] > 0.02
+    assert from_zero[0] == pytest.approx(from_zero[-1], rel=0.25)
+    lightness = lab[:, 0]
+    np.testing.assert_allclose(lightness, lightness[::-1], atol=0.03)
+
+
+def test_signed_overlay_leaves_a_grey_photo_where_the_map_is_zero():
+    image = photo()
+    grey = np.asarray(image.convert("L")).astype(int)
+    made = np.asarray(overlay(image, np.zeros((30, 40), np.float32), evidence="against")).astype(int)
+    assert np.abs(made - grey[..., None]).max() <= 1
+    np.testing.assert_array_equal(
+        overlay(image, np.ones((30, 40), np.float32), opacity=0, evidence="both"), image
+    )
+
+
+def test_evidence_for_is_drawn_as_any_map_and_the_counterfactual_as_below_zero():
+    heat = np.mgrid[:30, :40][1].astype(np.float32) / 39
+    np.testing.assert_array_equal(overlay(photo(), heat, evidence="for"), overlay(photo(), heat))
+    np.testing.assert_array_equal(
+        overlay(photo(), heat, evidence="counterfactual"), overlay(photo(), -heat, evidence="against")
+    )
 
 
 def photo(width=40, height=30):
@@ -179,6 +231,31 @@ def test_panel_shows_photo_maps_labels_scores_notes_and_a_bar(words):
         assert (pixels == color).all(axis=-1).sum() == 420 * 280
     red = colorize(np.ones(1, np.float32))[0]
     assert (pixels == red).all(axis=-1).any()
+
+
+@pytest.mark.parametrize(
+    ("evidence", "ends", "colors"),
+    [
+        (None, ["low", "high"], "blue red"),
+        ("for", ["low", "high"], "blue red"),
+        ("both", ["against", "for"], "blue red"),
+        ("against", ["against", "nothing"], "blue white"),
+        ("counterfactual", ["against", "nothing"], "blue white"),
+    ],
+)
+def test_color_bar_names_what_the_colors_mean(words, evidence, ends, colors):
+    made = np.asarray(panel(Image.new("RGB", (420, 280), "white"), [], evidence=evidence)).astype(int)
+    assert [word for word, _, _ in words] == ends
+    (_, (x, y), end), (_, (last, _), _) = words
+    bar = made[round(y) + 10, round(end) + 12 : round(last) - 12]
+    names = {
+        "blue": lambda c: c[2] > 1.5 * c[0],
+        "red": lambda c: c[0] > 2 * c[2],
+        "white": lambda c: c.min() > 240,
+    }
+    for color, name in zip(bar[[0, -1]], colors.split(), strict=True):
+        assert names[name](color), (name, color)
+    assert x < end < last
 
 
 @pytest.mark.parametrize(

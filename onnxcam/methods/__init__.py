@@ -5,8 +5,8 @@ scores with respect to it, g [N,K,C,h,w]; the map is [N,K,h,w].
 """
 
 from onnxcam.methods import activation, cam, perturbation
-from onnxcam.methods.registry import METHODS, Method, method
+from onnxcam.methods.registry import METHODS, Method, method, named
 
-__all__ = ["METHODS", "Method", "method"]
+__all__ = ["METHODS", "Method", "method", "named"]
 
 del activation, cam, perturbation

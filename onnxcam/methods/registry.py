@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.methods.algebra import first_component, summed
 
 if TYPE_CHECKING:
@@ -111,6 +112,19 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 """Every method by the name that people type."""
+
+
+def named(name: str) -> Method:
+    """Return the method called `name`, as its paper defines it.
+
+    Raises:
+        OnnxcamError: there is none.
+    """
+    if name not in METHODS:
+        raise OnnxcamError(
+            f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
+        )
+    return METHODS[name]
 
 
 def method(
