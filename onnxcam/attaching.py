@@ -125,7 +125,7 @@ def attach(
             )
     picture = layers.picture(model)
     found = layers.scores(model, scores)
-    prepares = _preprocess(picture, preprocess)
+    prepares = stated(picture, preprocess)
     at = _layout(picture, prepares.layout)
     sources = _sources(model, layer, picture, at, found.logits, request.method)
     card = Card(
@@ -165,18 +165,24 @@ def prepared(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir
     Raises:
         OnnxcamError: it cannot be read, or is explained already.
     """
-    if isinstance(model, ir.Model):
-        own = model.clone()
-    elif isinstance(model, onnx.ModelProto):
-        own = onnxfile.from_proto(model)
-    else:
-        own = onnxfile.load(model)
+    own = opened(model)
     card = Card.from_metadata(own.metadata_props)
     if card is not None:
         raise OnnxcamError(
             f"the model is explained already ({card.method} at {card.layer}); attach to the original model"
         )
     return onnxfile.normalise(own)
+
+
+def opened(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir.Model:
+    """Read a model file, or copy a model in memory.
+
+    Raises:
+        OnnxcamError: it cannot be read.
+    """
+    if isinstance(model, ir.Model):
+        return model.clone()
+    return onnxfile.from_proto(model) if isinstance(model, onnx.ModelProto) else onnxfile.load(model)
 
 
 def _sources(
@@ -316,10 +322,19 @@ def _declared_shape(name: str, picture: Value, at: Grid, probes: Sequence[Probe]
     )
 
 
-def _preprocess(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
+def stated(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
+    """Return how a picture becomes the model's input, from what the graph says and what somebody stated.
+
+    Args:
+        picture: the model's input.
+        facts: fields of `onnxcam.card.Preprocess`; None stands for one that is unknown.
+
+    Raises:
+        OnnxcamError: the facts contradict the graph.
+    """
     unknown = facts.keys() - {field for field in Preprocess.__dataclass_fields__ if field != "name"}
     if unknown:
-        raise TypeError(f"attach() got an unexpected argument {sorted(unknown)[0]!r}")
+        raise TypeError(f"unexpected argument {sorted(unknown)[0]!r}")
     given = {name: value for name, value in facts.items() if value is not None}
     given.setdefault("layout", layers.layout(picture))
     _one_of("layout", given["layout"], LAYOUTS)

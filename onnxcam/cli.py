@@ -176,6 +176,20 @@ Emit = Annotated[str, typer.Option(help=f"Outputs to add, of {','.join(EMITS)}."
 ClassInput = Annotated[
     str, typer.Option(help=f"cam_class is {_or(CLASS_INPUTS)}; some runtimes need it required.")
 ]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class",
+        "-c",
+        metavar="CLASS",
+        help="A class index, a label, -1 for the best or top3; may be repeated.",
+    ),
+]
+ProviderOption = Annotated[Provider, typer.Option(help="Where onnxruntime runs the model.")]
+Opacity = Annotated[float, typer.Option(min=0, max=1, help="Opacity of the map where it is strongest.")]
+Drawing = Annotated[
+    Path, typer.Option("--output", "-o", help="Where the picture is written, a PNG.", readable=False)
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Where the explained model is written.", readable=False)
 ]
@@ -189,15 +203,7 @@ def run(
     images: Annotated[
         list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE", readable=False)
     ],
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class",
-            "-c",
-            metavar="CLASS",
-            help="A class index, a label, -1 for the best or top3; may be repeated.",
-        ),
-    ] = None,
+    classes: Classes = None,
     layer: Layers = None,
     method: Method = None,
     evidence: Evidence = None,
@@ -209,11 +215,9 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.", readable=False)
     ] = Path("onnxcam-out"),
-    provider: Annotated[Provider, typer.Option(help="Where onnxruntime runs the model.")] = Provider.cpu,
+    provider: ProviderOption = Provider.cpu,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
-    opacity: Annotated[
-        float, typer.Option(min=0, max=1, help="Opacity of the map where it is highest.")
-    ] = 0.7,
+    opacity: Opacity = 0.7,
     labels: Labels = None,
     size: Size = None,
     color: Color = None,
@@ -342,7 +346,7 @@ def export(
     """Turn a PyTorch classifier into an explained ONNX file, checked against PyTorch."""
     from onnxcam.exporting import example, export, load_module
 
-    _check_output(output, None)
+    _check_output(output)
     height, width = _size(input_size)
     module = load_module(spec, weights)
     explained = export(
@@ -405,6 +409,145 @@ def layers(
 
 
 @app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each method.")] = False,
+) -> None:
+    """List the methods: equation and paper, what each needs and costs.
+
+    The last entry is what --compat takes to have the numbers of another library. The cost is in runs of the
+    model, beside the one that predicts: C is the number of the layer's channels, P that of its positions.
+    """
+    from onnxcam.coverage import methods as listed
+
+    for row in listed():
+        if as_json:
+            typer.echo(json.dumps(row))
+            continue
+        needs = ", ".join(row["needs"] + (["a linear head"] if row["head"] == "linear" else []))
+        where = "; looks at the picture" if row["looks_at"] == "picture" else ""
+        typer.echo(f"{row['name']}\n    {row['summary']}")
+        typer.echo(f"    needs: {needs}{where}; cost: {row['cost']}; compat: {', '.join(row['compat'])}")
+
+
+@app.command()
+def compare(
+    model: Annotated[Path, typer.Argument(help="A plain ONNX classifier.", metavar="MODEL", readable=False)],
+    image: Annotated[Path, typer.Argument(help="A picture.", metavar="IMAGE", readable=False)],
+    methods: Annotated[str, typer.Option(help="Methods with commas between; see 'onnxcam methods'.")],
+    output: Drawing,
+    classes: Classes = None,
+    layer: Layers = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
+    score: Score = None,
+    scores: Scores = None,
+    provider: ProviderOption = Provider.cpu,
+    opacity: Opacity = 0.7,
+    labels: Labels = None,
+    size: Size = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    layout: Layout = None,
+) -> None:
+    """Draw the maps of several methods side by side.
+
+    There is a row for each method and a column for each class. A method that cannot be applied to the model
+    is named with the reason, and the rest go on; the exit code is 1 then.
+    """
+    from onnxcam.comparing import compare as compared
+    from onnxcam.render import save_png
+
+    _check_drawing(output, model, image)
+    found = compared(
+        model,
+        image,
+        _parts(methods),
+        classes or -1,
+        layer=layer,
+        evidence=evidence,
+        fuse=fuse,
+        smooth=smooth,
+        compat=compat,
+        score=score,
+        scores=scores,
+        provider=provider.value,
+        labels=_labels(labels),
+        preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
+    )
+    save_png(found.sheet(opacity), output)
+    for name, seconds in found.seconds.items():
+        typer.echo(f"{name}: {seconds:.2f} s")
+    typer.echo(f"side by side: {output}")
+    for name, reason in found.reasons.items():
+        _complain(reason if reason.startswith(name) else f"{name}: {reason}")
+    if found.reasons:
+        raise typer.Exit(1)
+
+
+@app.command()
+def filters(
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL", readable=False)
+    ],
+    output: Drawing,
+    color: Color = None,
+    scores: Scores = None,
+) -> None:
+    """Draw the filters of the first convolution.
+
+    Each is scaled by its own largest weight; mid-grey is a weight of zero.
+    """
+    from onnxcam.looking import filters as found
+    from onnxcam.render import save_png
+
+    _check_drawing(output, model)
+    drawn = found(model, None if color is None else color.upper(), scores)
+    save_png(drawn.grid(), output)
+    typer.echo(f"{drawn}: {output}")
+
+
+@app.command()
+def activations(
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL", readable=False)
+    ],
+    image: Annotated[Path, typer.Argument(help="A picture.", metavar="IMAGE", readable=False)],
+    output: Drawing,
+    layer: Annotated[
+        str | None, typer.Option(help="A value name, a node name or a PyTorch module path.")
+    ] = None,
+    scores: Scores = None,
+    size: Size = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    layout: Layout = None,
+) -> None:
+    """Draw what the channels of a layer hold.
+
+    Each is drawn from its least value, black, to its greatest, white; one that is flat is pale blue.
+    """
+    from onnxcam.looking import activations as found
+    from onnxcam.render import save_png
+
+    _check_drawing(output, model, image)
+    facts = _preprocess(size, color, scale, mean, std, resize, interpolation, layout)
+    drawn = found(model, image, layer=layer, scores=scores, **facts)
+    save_png(drawn.grid(), output)
+    flat = f", {drawn.flat.sum()} of them flat" if drawn.flat.any() else ""
+    typer.echo(f"{drawn}{flat}: {output}")
+
+
+@app.command()
 def operators() -> None:
     """List the operators that a gradient passes through, and why it does not pass through some."""
     from onnxcam.coverage import table
@@ -461,14 +604,23 @@ def _check_folder(folder: Path) -> None:
         raise OnnxcamError(f"{existing} is not writable; choose another folder with --output")
 
 
-def _check_output(output: Path, model: Path | None) -> None:
+def _check_drawing(output: Path, *inputs: Path) -> None:
+    if output.suffix.lower() != ".png":
+        raise OnnxcamError(f"{output} must be called .png, as that is what is written")
+    _check_output(output, *inputs)
+
+
+def _check_output(output: Path, *inputs: Path) -> None:
     try:
         if output.is_dir():
             raise OnnxcamError(f"{output} is a folder; give the name of the file to write")
         if not output.parent.is_dir():
             raise OnnxcamError(f"the folder {output.parent} does not exist")
-        if model is not None and output.exists() and model.exists() and output.samefile(model):
-            raise OnnxcamError(f"{output} is the model itself, which stays as it is; choose another name")
+        for path, what in zip(inputs, ("model", "picture"), strict=False):
+            if output.exists() and path.exists() and output.samefile(path):
+                raise OnnxcamError(
+                    f"{output} is the {what} itself, which stays as it is; choose another name"
+                )
     except OSError as error:
         raise OnnxcamError(f"{output} cannot be written: {error.strerror or error}") from None
 

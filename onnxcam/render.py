@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -200,7 +201,7 @@ def panel(
     width, height = (max(1, round(edge * scale)) for edge in image.size)
     column = max(width, _NARROW)
     captions: list[list[_Line]] = [[], *(_caption(cell, column) for cell in columns)]
-    depth = max(_leading(26), *(sum(_leading(size) for _, size, _ in lines) for lines in captions))
+    depth = max(_leading(26), *map(_depth, captions))
     pitch = height + 12 + depth + _GAP
     top = _MARGIN + (48 if title else 0)
     across, down = min(len(captions), _PER_ROW), -(-len(captions) // _PER_ROW)
@@ -211,12 +212,8 @@ def panel(
         draw.text((_MARGIN, _MARGIN - 4), "".join(_fit(title, 26, right - _MARGIN, 1)), _INK, _font(26))
     for index, picture in enumerate([image, *(cell.picture for cell in columns)]):
         x, y = _MARGIN + index % _PER_ROW * (column + _GAP), top + index // _PER_ROW * pitch
-        sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_FAINT)
-        y += height + 12
-        for text, size, ink in captions[index]:
-            draw.text((x, y), text, ink, _font(size))
-            y += _leading(size)
+        _frame(sheet, picture, x, y, width, height)
+        _write(draw, x, y + height + 12, captions[index])
     _color_bar(sheet, _MARGIN, top + height + 12, column, evidence)
     return sheet
 
@@ -287,6 +284,146 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _leading(size: int) -> int:
     """Return the distance in pixels between lines of text of this size."""
     return round(1.35 * size)
+
+
+SMALLER = 300, 340
+"""Width and height in pixels that no picture in a comparison exceeds."""
+_ROW_HEAD = 220  # width in pixels of the names of rows
+
+
+class Row(NamedTuple):
+    """One method in a comparison.
+
+    Attributes:
+        name: of the method.
+        facts: further lines about it.
+        columns: its maps, one for each class; empty if there is none.
+        reason: why there is none.
+    """
+
+    name: str
+    facts: Sequence[str]
+    columns: Sequence[Column]
+    reason: str = ""
+
+
+def comparison(
+    image: Image.Image, rows: Sequence[Row], title: str, evidence: str | None = None
+) -> Image.Image:
+    """Compose one picture with a row for each method and a column for the photo and each class.
+
+    Pictures are scaled to fit 300 x 340 pixels, enlarged at most twice.
+
+    Args:
+        image: the photo.
+        rows: the methods, of which at least one has maps.
+        title: a line above.
+        evidence: what the maps show, see `overlay`.
+
+    Returns:
+        A new picture of mode ``RGB`` on white.
+    """
+    scale = min(SMALLER[0] / image.width, SMALLER[1] / image.height, 2)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    column = max(width, _NARROW)
+    first = next(row.columns for row in rows if row.columns)
+    heads: list[list[_Line]] = [_caption(cell._replace(note=""), column) for cell in first]
+    left = _MARGIN + _ROW_HEAD + _GAP
+    right = left + (1 + len(heads)) * (column + _GAP) - _GAP
+    sides = [
+        [(text, 20, _INK) for text in _fit(row.name, 20, _ROW_HEAD, 2)]
+        + [(text, 16, _GREY) for fact in row.facts for text in _fit(fact, 16, _ROW_HEAD, 2)]
+        for row in rows
+    ]
+    bodies = [_beneath(row, column, right - left) for row in rows]
+    depths = [
+        max(_depth(side), *map(_depth, lines))
+        if row.reason
+        else max(_depth(side), height + 8 + max(map(_depth, lines)))
+        for row, side, lines in zip(rows, sides, bodies, strict=True)
+    ]
+    top = _MARGIN + 48 + max(map(_depth, heads)) + 8  # of the first row
+    sheet = Image.new(
+        "RGB", (right + _MARGIN, top + sum(depths) + len(rows) * _GAP - _GAP + _MARGIN), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 4), "".join(_fit(title, 26, right - _MARGIN, 1)), _INK, _font(26))
+    _color_bar(sheet, _MARGIN, _MARGIN + 48, _ROW_HEAD, evidence)
+    for k, head in enumerate(heads, 1):
+        _write(draw, left + k * (column + _GAP), top - 8 - _depth(head), head)
+    for row, side, lines, depth in zip(rows, sides, bodies, depths, strict=True):
+        _write(draw, _MARGIN, top, side)
+        cells = [] if row.reason else [image, *(cell.picture for cell in row.columns)]
+        for k, cell in enumerate(cells):
+            _frame(sheet, cell, left + k * (column + _GAP), top, width, height)
+        for k, text in enumerate(lines):
+            _write(draw, left + k * (column + _GAP), top + (height + 8 if cells else 0), text)
+        top += depth + _GAP
+    return sheet
+
+
+def _beneath(row: Row, column: int, whole: int) -> list[list[_Line]]:
+    """Return the lines beneath the photo and each map of a row, or the reason in the place of all."""
+    if row.reason:
+        return [[(text, 16, _GREY) for text in _fit(row.reason, 16, whole, 4)]]
+    return [[], *([(text, 16, _GREY) for text in _fit(cell.note, 16, column, 2)] for cell in row.columns)]
+
+
+def _depth(lines: Sequence[_Line]) -> int:
+    return sum(_leading(size) for _, size, _ in lines)
+
+
+def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[_Line]) -> None:
+    for text, size, ink in lines:
+        draw.text((x, y), text, ink, _font(size))
+        y += _leading(size)
+
+
+def _frame(sheet: Image.Image, picture: Image.Image, x: int, y: int, width: int, height: int) -> None:
+    """Paste a picture at width x height with a thin frame around it."""
+    sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
+    ImageDraw.Draw(sheet).rectangle((x - 1, y - 1, x + width, y + height), outline=_FAINT)
+
+
+_SHEET = 1200  # width in pixels that a grid is drawn to
+_CELL = 96  # that one cell of it does not exceed
+
+
+def grid(cells: NDArray[np.uint8], title: str, legend: str) -> Image.Image:
+    """Compose a grid of small pictures, row by row, numbered from 0 along the left and the top.
+
+    Each pixel of a cell becomes a square of whole pixels.
+
+    Args:
+        cells: uint8 [n,h,w,3], RGB.
+        title: a line above.
+        legend: what the colours mean, beneath it.
+
+    Returns:
+        A new picture of mode ``RGB`` on white.
+    """
+    count, height, width = cells.shape[:3]
+    across = min(count, math.ceil(math.sqrt(1.5 * count * height / width)))
+    down = -(-count // across)
+    factor = max(1, min(_SHEET // (across * width), _CELL // max(height, width)))
+    pitch_x, pitch_y = factor * width + 2, factor * height + 2
+    font, leading = _font(14), _leading(14)
+    gutter = round(font.getlength(str(count - 1))) + 8
+    left, top = _MARGIN + gutter, _MARGIN + _leading(26) + _leading(16) + 12 + leading
+    right = max(left + across * pitch_x, _MARGIN + 640)
+    sheet = Image.new("RGB", (right + _MARGIN, top + down * pitch_y + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 4), "".join(_fit(title, 26, right - _MARGIN, 1)), _INK, _font(26))
+    below = _MARGIN + _leading(26)
+    draw.text((_MARGIN, below), "".join(_fit(legend, 16, right - _MARGIN, 1)), _GREY, _font(16))
+    for column in range(0, across, -(-gutter // pitch_x)):
+        draw.text((left + column * pitch_x, top - leading), str(column), _GREY, font)
+    for row in range(0, down, -(-leading // pitch_y)):
+        draw.text((_MARGIN, top + row * pitch_y), str(row * across), _GREY, font)
+    for index, cell in enumerate(cells.repeat(factor, axis=1).repeat(factor, axis=2)):
+        place = left + index % across * pitch_x, top + index // across * pitch_y
+        sheet.paste(Image.fromarray(cell), place)
+    return sheet
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,13 @@ from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.image import Viewport, check_facts, open_image, prepare, upright
 from onnxcam.render import OPACITY, PANEL, Column, overlay, panel
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """onnxruntime's name of each provider."""
 
-_SHOWS = {
+SHOWS = {
     None: "",
     "for": ": what speaks for the class",
     "against": ": what speaks against the class",
@@ -95,7 +98,7 @@ class Explanation:
     def panel(self, opacity: float = OPACITY) -> Image.Image:
         """Return one picture of the photo and, for each class, the map over it, label and score."""
         photo, columns = self.columns(PANEL, opacity)
-        return panel(photo, columns, f"{self.card.title}{_SHOWS[self.card.evidence]}", self.card.evidence)
+        return panel(photo, columns, f"{self.card.title}{SHOWS[self.card.evidence]}", self.card.evidence)
 
     def columns(self, size: tuple[int, int], opacity: float = OPACITY) -> tuple[Image.Image, list[Column]]:
         """Return the photo and its overlays, no larger than `size`, with what stands beneath each."""
@@ -206,7 +209,7 @@ class Explainer:
                 fit an explained model, or neither the card nor `preprocess` says how a picture is prepared.
         """
         self.path = Path(model)
-        self.provider = _provider(provider)
+        self.provider = provider_named(provider)
         given = {name: value for name, value in (preprocess or {}).items() if value is not None}
         asked = {
             "layer": layer,
@@ -267,7 +270,7 @@ class Explainer:
         """
         wanted = self.resolve(classes)
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-        picture = _in_memory(image) if name is None else open_image(name)
+        picture = as_picture(image)
         x, viewport = prepare(picture, self.card.input)
         scores, cam, heatmap = self._run(x.astype(self._dtype), np.array([wanted], np.int64))
         flat = scores[0].reshape(-1).astype(np.float64)
@@ -297,11 +300,7 @@ class Explainer:
 
     def _run(self, x: NDArray[Any], classes: NDArray[np.int64]) -> list[NDArray[Any]]:
         feeds = {self.card.input.name: np.repeat(x, self._rows, axis=0), "cam_class": classes}
-        try:
-            result: list[NDArray[Any]] = self._session.run([self.card.scores, "cam", "cam_heatmap"], feeds)
-        except Exception as error:  # onnxruntime's exceptions have no common base class
-            raise OnnxcamError(f"onnxruntime cannot run {self.path}: {_first_line(error)}") from error
-        return result
+        return run(self._session, [self.card.scores, "cam", "cam_heatmap"], feeds, self.path)
 
     def resolve(self, classes: ClassRequest | Iterable[ClassRequest]) -> list[int]:
         """Turn what a person asks for into class indices or ranks.
@@ -371,8 +370,14 @@ class Explainer:
         return Prediction(index, label, float(shown[index]))
 
 
-def _in_memory(image: Any) -> Image.Image:
-    """Take a Pillow image or an array as the upright RGB picture it stands for."""
+def as_picture(image: "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]") -> Image.Image:
+    """Return the upright RGB picture that a file, a Pillow image or an array stands for.
+
+    Raises:
+        OnnxcamError: it cannot be read, or is none of these.
+    """
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
     try:
         if isinstance(image, Image.Image):
             return upright(image)
@@ -387,7 +392,7 @@ def _in_memory(image: Any) -> Image.Image:
     )
 
 
-def _provider(name: str) -> str:
+def provider_named(name: str) -> str:
     """Return onnxruntime's name of the provider.
 
     Raises:
@@ -443,16 +448,44 @@ def _open(path: Path, provider: str) -> Any:
 
 def _attached(path: Path, provider: str, options: Mapping[str, Any]) -> Any:
     """Attach a plain model in memory and open a session on it."""
+    from onnxcam.attaching import attach
+
+    return start(attach(path, **options), provider)
+
+
+def start(model: "ir.Model", provider: str) -> Any:
+    """Open a session on a model in memory.
+
+    Args:
+        model: it may be of any size.
+        provider: onnxruntime's name of it.
+
+    Raises:
+        OnnxcamError: onnxruntime cannot load the model.
+    """
     import tempfile
 
     from onnxcam import onnxfile
-    from onnxcam.attaching import attach
 
-    model = attach(path, **options)
     with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
-        explained = Path(folder) / "explained.onnx"
-        onnxfile.save(model, explained)
-        return _open(explained, provider)
+        path = Path(folder) / "model.onnx"
+        onnxfile.save(model, path)
+        return _open(path, provider)
+
+
+def run(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], model: object
+) -> list[NDArray[Any]]:
+    """Run a session; `model` is what it is called where it cannot be run.
+
+    Raises:
+        OnnxcamError: it cannot.
+    """
+    try:
+        result: list[NDArray[Any]] = session.run(list(outputs), dict(feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise OnnxcamError(f"onnxruntime cannot run {model}: {_first_line(error)}") from error
+    return result
 
 
 def _replaced(preprocess: Preprocess, given: dict[str, Any]) -> Preprocess:

@@ -22,10 +22,14 @@ from PIL import Image
 import onnxcam.cli
 import onnxcam.render
 from onnxcam import __version__
+from onnxcam.dialects import DIALECTS
+from onnxcam.methods import METHODS
 from tests.small import FLAGS, classifier, floats, saved
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "attach", "layers", "operators", "export")
+COMMANDS = (
+    *("run", "attach", "export", "layers", "methods", "compare", "filters", "activations", "operators"),
+)
 
 
 @pytest.fixture
@@ -253,6 +257,115 @@ def test_layers(call, small):
         "zero_gradient": False,
         "default": False,
     }
+
+
+def test_methods(call):
+    code, text, err = call("methods")
+    assert (code, err) == (0, "")
+    lines = text.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == list(METHODS)
+    at = lines.index("cam")
+    assert lines[at + 1] == "    sum_k W_ck A_k, signed. Zhou et al. 2016, eq. 2."
+    assert lines[at + 2].startswith("    needs: gradient, a linear head; cost: 1 backward; compat: paper")
+    code, text, err = call("methods", "--json")
+    rows = {row["name"]: row for row in map(json.loads, text.splitlines())}
+    assert (code, list(rows)) == (0, list(METHODS))
+    cam = {
+        "name": "cam",
+        "summary": "sum_k W_ck A_k, signed. Zhou et al. 2016, eq. 2.",
+        "needs": ["gradient"],
+        "cost": "1 backward",
+        "looks_at": "layer",
+        "head": "linear",
+    }
+    assert cam.items() <= rows["cam"].items()
+    assert rows["eigencam"]["needs"] == ["activation"]
+    assert rows["shapleycam"]["needs"] == ["gradient", "second derivative"]
+    assert rows["scorecam"]["needs"] == ["runs of the model"]
+    for name, row in rows.items():
+        assert row["compat"][0] == "paper"
+        assert set(row["compat"]) == {d for d, dialect in DIALECTS.items() if name in dialect.methods}
+
+
+def test_compare(call, small, photo, tmp_path):
+    out = tmp_path / "side.png"
+    options = ("--methods", "gradcam, eigencam", "-c", 0, "-c", "top2", "--evidence", "both", "-o", out)
+    code, text, err = call("compare", small, photo, *options, *FLAGS)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        rf"gradcam: \d+\.\d\d s\neigencam: \d+\.\d\d s\nside by side: {re.escape(str(out))}\n", text
+    )
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+
+
+def test_compare_names_a_method_that_cannot_be_applied_and_the_rest_go_on(call, small, photo, tmp_path):
+    out = tmp_path / "side.png"
+    arguments = ("compare", small, photo, "--layer", "conv", "-o", out, *FLAGS)
+    code, text, err = call(*arguments, "--methods", "cam,gradcam")
+    assert code == 1
+    assert re.match(r"gradcam: .* s\nside by side: ", text)
+    reason = (
+        "cam needs a head .* but node 'relu1' .Relu. lies between the layer and the scores; use gradcam.*"
+    )
+    assert re.fullmatch(f"onnxcam: {reason}\n", err)
+    assert out.exists()
+    out.unlink()
+    is_refused(call(*arguments, "--methods", "cam"), "^onnxcam: cam needs a head that averages", out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "gradcam,gradcan"], "no method 'gradcan' .did you mean 'gradcam'"),
+        (["--methods", ","], "no method to compare is given; methods: "),
+        (["--layer", "cnv"], "onnxcam: the model has no layer 'cnv' .did you mean 'conv'"),
+        (["-c", "9"], "onnxcam: class 9 is out of range"),
+        (["--std", "0"], "onnxcam: std is .0.0.; every value must be above zero"),
+        (["-o", "x.jpg"], "x.jpg must be called .png"),
+        (["-o", "no/x.png"], "the folder no does not exist"),
+    ],
+)
+def test_bad_option_of_compare(call, small, photo, tmp_path, options, message):
+    out = tmp_path / "side.png"
+    arguments = ("--methods", "gradcam,eigencam", "-o", out, *FLAGS, *options)
+    is_refused(call("compare", small, photo, *arguments), message, out)
+
+
+def test_what_is_drawn_from_stays(call, small, small_explained, photo, tmp_path):
+    copy, picture = tmp_path / "model.png", tmp_path / "photo.png"
+    copy.write_bytes(small.read_bytes())
+    picture.write_bytes(photo.read_bytes())
+    for command in (["compare", copy, picture, "--methods", "fem"], ["activations", copy, picture]):
+        for path, what in ((copy, "model"), (picture, "picture")):
+            is_refused(call(*command, *FLAGS, "-o", path), f"is the {what} itself, which stays as it is")
+    is_refused(call("filters", copy, "-o", copy, "--color", "rgb"), "is the model itself")
+    assert (copy.read_bytes(), picture.read_bytes()) == (small.read_bytes(), photo.read_bytes())
+    answer = call("compare", small_explained, photo, "--methods", "fem", "-o", tmp_path / "x.png")
+    is_refused(
+        answer, "is explained already, with gradcam alone; give the original model", tmp_path / "x.png"
+    )
+
+
+def test_filters_and_activations(call, small, small_explained, photo, tmp_path):
+    out = tmp_path / "grid.png"
+    code, text, err = call("filters", small, "-o", out, "--color", "bgr")
+    assert (code, text, err) == (0, f"6 colour filters 3x3 of conv1: {out}\n", "")
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+    assert call("filters", small_explained, "-o", out)[0] == 0
+    out.unlink()
+    is_refused(call("filters", small, "-o", out), "which order its colours are; give --color", out)
+    is_refused(call("filters", small, "-o", out, "--color", "gray"), "color is GRAY; three channels are", out)
+    for model, facts in ((small, FLAGS), (small_explained, ())):
+        code, text, err = call("activations", model, photo, "-o", out, "--layer", "conv", *facts)
+        assert (code, text, err) == (0, f"6 channels 8x12 of conv: {out}\n", "")
+        assert out.exists()
+        out.unlink()
+    is_refused(call("activations", small, photo, "-o", out), "color, scale, mean, std, resize unknown", out)
+    is_refused(
+        call("activations", small, photo, *FLAGS, "--layer", "flat", "-o", out), "layer 'flat' is", out
+    )
 
 
 def test_labels_file(call, small, photo, tmp_path):
@@ -745,6 +858,12 @@ def test_help_names_every_option(call, command):
         "layers": "--scores --json",
         "export": f"--output --weights --input-size {maps} --emit --class-input --labels "
         "--color --scale --mean --std --resize --interpolation",
+        "compare": f"--methods --output --class {maps} --scores --provider --opacity {facts}".replace(
+            " --method ", " "
+        ),
+        "filters": "--output --color --scores",
+        "activations": f"--output --layer --scores {facts}".replace(" --labels", ""),
+        "methods": "--json",
         "operators": "",
     }[command].split()
     assert set(expected) <= set(re.findall(r"--[a-z-]+", text))
