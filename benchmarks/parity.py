@@ -54,15 +54,15 @@ What `make parity` measured and wrote ({versions}).
 Each peer explained a PyTorch module, and onnxcam, attached with `compat` set to that peer, an ONNX file with
 the same weights, on the same batch of pictures. A figure is the largest absolute difference of the maps as
 the peer returns them, over all pictures, both classes and the layers named: pytorch-grad-cam's at the size of
-the picture (`cam_heatmap`) and torchcam's at the layer's size (`cam`), both from 0 to 1; captum's at the layer's
-size (`cam`), signed and unscaled, with its largest value. Where a cell is empty, the peer has no such method
-or none for this model. The goal is {goal:g}; what is further off is **bold** and explained:
+the picture (`cam_heatmap`) and torchcam's at the layer's size (`cam`), both from 0 to 1; captum's at the
+layer's size (`cam`), signed and unscaled, with its largest value. Where a cell is empty, the peer has no
+such method or none for this model. The goal is {goal:g}; what is further off is **bold** and explained:
 
 {notes}
 
-The projections (eigencam, eigengradcam, eigen smoothing): pytorch-grad-cam leaves the sign to its SVD, so that
-one map may come out as its own negative. In the comparison its own rule for SegEigenCAM decides, which is
-also onnxcam's: the extreme of larger magnitude is positive.
+The projections (eigencam, eigengradcam, eigen smoothing): pytorch-grad-cam leaves the sign to its SVD, so
+that one map may come out as its own negative. In the comparison its own rule for SegEigenCAM decides, which
+is also onnxcam's: the extreme of larger magnitude is positive.
 
 captum's LayerGradCam averages tokens [N,T,C] over the channels and sums over the tokens, which is no map.
 

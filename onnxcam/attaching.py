@@ -11,23 +11,32 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam import __version__, layers, onnxfile
-from onnxcam.card import KEY, LAYOUTS, Card, Preprocess
-from onnxcam.dialects import DIALECTS, Dialect
+from onnxcam.card import (
+    CLASS_INPUTS,
+    EMITS,
+    EVIDENCE,
+    FUSIONS,
+    KEY,
+    LAYOUTS,
+    SCORES,
+    SMOOTHINGS,
+    TARGETS,
+    Card,
+    Preprocess,
+)
+from onnxcam.dialects import DIALECTS
 from onnxcam.emit import Emitter, all_values
-from onnxcam.errors import OnnxcamError, suggest
-from onnxcam.explaining import EVIDENCE, FUSIONS, SMOOTHINGS, Request, explain
+from onnxcam.errors import OnnxcamError
+from onnxcam.explaining import Request, explain
 from onnxcam.grid import Grid
-from onnxcam.methods import METHODS, Method
+from onnxcam.methods import Method, named
 from onnxcam.probe import Probe
 from onnxcam.seed import ROWS
 from onnxcam.simplify import simplify
-from onnxcam.targets import TARGETS, add_seeds, inputs_of
+from onnxcam.targets import add_seeds, inputs_of
 from onnxcam.vjp import RULES, VARIANTS
 from onnxcam.vjp.shapes import dims
 
-EMITS = ("cam", "heatmap", "activations", "gradients", "attributions")
-CLASS_INPUTS = ("optional", "required")
-SCORES = ("before", "after")
 PREFIX = "cam"
 
 _OUTPUTS = {
@@ -105,11 +114,14 @@ def attach(
         if given is not None:
             _one_of(what, given, allowed)
     dialect = DIALECTS[compat]
-    made = _method(method, dialect)
+    named(method)
+    made = dialect.method(method)
     dialect.check(made, evidence, smooth)
     request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     target = _target(made, target)
     score = dialect.scored(score)
+    if layer is not None and not layer:
+        raise OnnxcamError("the layer is empty; leave it out for the default")
     _one_of("class input", class_input, CLASS_INPUTS)
     for name in emit:
         _one_of("output", name, EMITS)
@@ -127,7 +139,7 @@ def attach(
             raise OnnxcamError(
                 f"the model has a value called {name!r} already, a name that attach needs; rename it there"
             )
-    prepares = _preprocess(picture, preprocess)
+    prepares = stated(picture, preprocess)
     at = _layout(picture, prepares.layout)
     sources = _sources(model, layer, picture, at, found.logits, request.method)
     card = Card(
@@ -140,6 +152,8 @@ def attach(
         target=None if target == "class" else target,
         compat=None if compat == "paper" else compat,
         evidence=evidence,
+        fuse=request.fusion if len(sources) > 1 else None,
+        smooth=tuple(smooth) or None,
         module=sources[0].module if len(sources) == 1 else None,
         grid=str(sources[0].grid) if len(sources) == 1 and sources[0].grid.order != "NCHW" else None,
         labels=_labels(labels, found.output),
@@ -168,18 +182,24 @@ def prepared(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir
     Raises:
         OnnxcamError: it cannot be read, or is explained already.
     """
-    if isinstance(model, ir.Model):
-        own = model.clone()
-    elif isinstance(model, onnx.ModelProto):
-        own = onnxfile.from_proto(model)
-    else:
-        own = onnxfile.load(model)
+    own = opened(model)
     card = Card.from_metadata(own.metadata_props)
     if card is not None:
         raise OnnxcamError(
             f"the model is explained already ({card.method} at {card.layer}); attach to the original model"
         )
     return onnxfile.normalise(own)
+
+
+def opened(model: "str | os.PathLike[str] | onnx.ModelProto | ir.Model") -> ir.Model:
+    """Read a model file, or copy a model in memory.
+
+    Raises:
+        OnnxcamError: it cannot be read.
+    """
+    if isinstance(model, ir.Model):
+        return model.clone()
+    return onnxfile.from_proto(model) if isinstance(model, onnx.ModelProto) else onnxfile.load(model)
 
 
 def _sources(
@@ -310,10 +330,19 @@ def _declared_shape(name: str, picture: Value, at: Grid, probes: Sequence[Probe]
     )
 
 
-def _preprocess(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
+def stated(picture: Value, facts: Mapping[str, Any]) -> Preprocess:
+    """Return how a picture becomes the model's input, from what the graph says and what somebody stated.
+
+    Args:
+        picture: the model's input.
+        facts: fields of `onnxcam.card.Preprocess`; None stands for one that is unknown.
+
+    Raises:
+        OnnxcamError: the facts contradict the graph.
+    """
     unknown = facts.keys() - {field for field in Preprocess.__dataclass_fields__ if field != "name"}
     if unknown:
-        raise TypeError(f"attach() got an unexpected argument {sorted(unknown)[0]!r}")
+        raise TypeError(f"unexpected argument {sorted(unknown)[0]!r}")
     given = {name: value for name, value in facts.items() if value is not None}
     given.setdefault("layout", layers.layout(picture))
     _one_of("layout", given["layout"], LAYOUTS)
@@ -342,14 +371,6 @@ def _labels(labels: Sequence[str] | None, scores: Value) -> tuple[str, ...] | No
     if isinstance(count, int) and count != len(labels):
         raise OnnxcamError(f"there are {len(labels)} labels for {count} classes")
     return tuple(labels)
-
-
-def _method(name: str, dialect: Dialect) -> Method:
-    if name not in METHODS:
-        raise OnnxcamError(
-            f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
-        )
-    return dialect.method(name)
 
 
 def _target(method: Method, target: str | None) -> str:

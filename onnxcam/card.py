@@ -23,6 +23,18 @@ LAYOUTS = ("NCHW", "NHWC")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 HOLDS = ("logits", "probabilities")
 SCORES = ("before", "after")
+CLASS_INPUTS = ("optional", "required")
+EMITS = ("cam", "heatmap", "activations", "gradients", "attributions")
+"""The outputs that an explained model may have."""
+
+TARGETS = ("class", "contrast", "rivals", "seed")
+"""The score of a class; less that of another; less the mean of its rivals'; or any weighted sum of scores."""
+
+EVIDENCE = ("for", "against", "both", "counterfactual")
+"""What is kept of the weighted sum: max(0, .), min(0, .), all; or max(0, .) for the negative score."""
+
+FUSIONS = ("mean", "max", "product")
+SMOOTHINGS = ("augmentation", "eigen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +128,15 @@ class Card:
         input: how a picture becomes the model's input.
         scores: name of the model output that holds the class scores.
         scores_are: ``logits`` or ``probabilities``: what that output holds.
-        layer: name of the ONNX value that the map is made from.
+        layer: name of the ONNX value that the map is made from; of several, with commas between.
         method: the method's name, such as ``gradcam``.
         score: ``before`` or ``after`` the softmax: which score the gradient is of.
-        target: what is explained, one of ``onnxcam.targets.TARGETS``; None: the score of a class.
+        target: what is explained, one of `TARGETS`; None: the score of a class.
         compat: whose numbers the map has; None: the method's paper's.
         evidence: what of the map is kept, ``for``, ``against``, ``both`` or ``counterfactual``; None: as in
             the method's paper.
+        fuse: how the maps of several layers are joined, ``mean``, ``max`` or ``product``; None: there is one.
+        smooth: of ``augmentation`` and ``eigen``; None: neither.
         module: PyTorch module path of the layer, where the exporter recorded it.
         grid: how the map's plane lies in the layer, such as ``tokens 1 to 196 as 14x14``; None if the layer
             is [N,C,h,w].
@@ -141,6 +155,8 @@ class Card:
     target: str | None = None
     compat: str | None = None
     evidence: str | None = None
+    fuse: str | None = None
+    smooth: tuple[str, ...] | None = None
     module: str | None = None
     grid: str | None = None
     labels: tuple[str, ...] | None = None
@@ -151,10 +167,21 @@ class Card:
             _text(name, getattr(self, name))
         _one_of("scores_are", self.scores_are, HOLDS)
         _one_of("score", self.score, SCORES)
+        _one_of("evidence", self.evidence, (*EVIDENCE, None))
+        _one_of("fuse", self.fuse, (*FUSIONS, None))
+        for name in self.smooth or ():
+            _one_of("smoothing", name, SMOOTHINGS)
         if self.labels is not None and not (
             isinstance(self.labels, tuple) and all(isinstance(label, str) for label in self.labels)
         ):
             raise OnnxcamError("labels must be a list of texts, one for each class")
+
+    @property
+    def title(self) -> str:
+        """The method, where it looks and whose numbers those are, for a person."""
+        whose = f" as in {self.compat}" if self.compat else ""
+        smooth = f", smoothed by {' and '.join(self.smooth)}" if self.smooth else ""
+        return f"{self.method}{whose} at {self.module or self.layer}{smooth}"
 
     def to_json(self) -> str:
         """Return the card as one line of JSON; facts that are unknown are left out."""
@@ -185,12 +212,15 @@ class Card:
         )
 
     @classmethod
-    def _from_fields(cls, *, input: dict[str, Any], labels: Any = None, **fields: Any) -> "Card":
+    def _from_fields(
+        cls, *, input: dict[str, Any], labels: Any = None, smooth: Any = None, **fields: Any
+    ) -> "Card":
         for name in ("mean", "std"):
             if name in input:
                 input[name] = tuple(float(value) for value in input[name])
         labels = tuple(labels) if isinstance(labels, list) else labels
-        return cls(input=Preprocess(**input), labels=labels, **fields)
+        smooth = None if smooth is None else tuple(smooth)
+        return cls(input=Preprocess(**input), labels=labels, smooth=smooth, **fields)
 
 
 def _text(name: str, value: object) -> None:

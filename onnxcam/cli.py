@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxcam import __version__
-from onnxcam.card import INTERPOLATIONS, LAYOUTS
+from onnxcam.card import (
+    CLASS_INPUTS,
+    EMITS,
+    EVIDENCE,
+    FUSIONS,
+    INTERPOLATIONS,
+    LAYOUTS,
+    SCORES,
+    SMOOTHINGS,
+)
 from onnxcam.errors import OnnxcamError
 
 if TYPE_CHECKING:
@@ -33,20 +42,6 @@ class Provider(str, enum.Enum):
 
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Score(str, enum.Enum):
-    """Which class score is explained."""
-
-    before = "before"
-    after = "after"
-
-
-class ClassInput(str, enum.Enum):
-    """Whether ``cam_class`` has a default."""
-
-    optional = "optional"
-    required = "required"
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -110,12 +105,49 @@ def _labels(path: Path | None) -> list[str] | None:
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
-Layer = Annotated[
-    str | None,
-    typer.Option(help="The activation to explain: a value name, a node name or a PyTorch module path."),
+def _or(names: Sequence[str]) -> str:
+    """Name alternatives, as in ``a, b or c``."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        help="The activation to explain: a value name, a node name or a PyTorch module path. "
+        "May be repeated; the maps are then joined.",
+    ),
 ]
-Method = Annotated[str | None, typer.Option(help="How the map is made: gradcam, gradcam++, hirescam, cam.")]
-ScoreOption = Annotated[Score | None, typer.Option(help="Explain the score before or after the softmax.")]
+Method = Annotated[
+    str | None, typer.Option(help="How the map is made; gradcam if not given. See 'onnxcam methods'.")
+]
+Evidence = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What of the map is kept, with regard to the class: {_or(EVIDENCE)}; "
+        "as in the method's paper if not given."
+    ),
+]
+Fuse = Annotated[
+    str | None,
+    typer.Option(help=f"How the maps of several layers are joined: {_or(FUSIONS)}; mean if not given."),
+]
+Smooth = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"{SMOOTHINGS[0]} (mean over mirrored, weaker and stronger pictures) or "
+        f"{SMOOTHINGS[1]} (first principal component); may be repeated."
+    ),
+]
+Compat = Annotated[
+    str | None,
+    typer.Option(
+        help="Whose numbers the map has: a library's, see 'onnxcam methods'; the paper's if not given."
+    ),
+]
+Score = Annotated[
+    str | None, typer.Option(help=f"Explain the score {_or(SCORES)} the softmax; before if not given.")
+]
 Scores = Annotated[str | None, typer.Option(help="The output that holds the class scores, if several could.")]
 # readable=False: whether a file can be read shows when it is opened, in our own words and for each picture.
 Labels = Annotated[
@@ -140,10 +172,23 @@ Interpolation = Annotated[
     str | None, typer.Option(help=f"{', '.join(INTERPOLATIONS)}; bilinear if not given.")
 ]
 Layout = Annotated[str | None, typer.Option(help=f"{' or '.join(LAYOUTS)}; read off the model if not given.")]
-Emit = Annotated[str, typer.Option(help="Outputs to add, of cam,heatmap,activations,gradients.")]
-ClassInputOption = Annotated[
-    ClassInput,
-    typer.Option(help="Whether cam_class may be left out; some runtimes need it required."),
+Emit = Annotated[str, typer.Option(help=f"Outputs to add, of {','.join(EMITS)}.")]
+ClassInput = Annotated[
+    str, typer.Option(help=f"cam_class is {_or(CLASS_INPUTS)}; some runtimes need it required.")
+]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class",
+        "-c",
+        metavar="CLASS",
+        help="A class index, a label, -1 for the best or top3; may be repeated.",
+    ),
+]
+ProviderOption = Annotated[Provider, typer.Option(help="Where onnxruntime runs the model.")]
+Opacity = Annotated[float, typer.Option(min=0, max=1, help="Opacity of the map where it is strongest.")]
+Drawing = Annotated[
+    Path, typer.Option("--output", "-o", help="Where the picture is written, a PNG.", readable=False)
 ]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Where the explained model is written.", readable=False)
@@ -158,27 +203,21 @@ def run(
     images: Annotated[
         list[Path], typer.Argument(help="Pictures to explain.", metavar="IMAGE", readable=False)
     ],
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class",
-            "-c",
-            metavar="CLASS",
-            help="A class index, a label, -1 for the best or top3; may be repeated.",
-        ),
-    ] = None,
-    layer: Layer = None,
+    classes: Classes = None,
+    layer: Layers = None,
     method: Method = None,
-    score: ScoreOption = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
+    score: Score = None,
     scores: Scores = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.", readable=False)
     ] = Path("onnxcam-out"),
-    provider: Annotated[Provider, typer.Option(help="Where onnxruntime runs the model.")] = Provider.cpu,
+    provider: ProviderOption = Provider.cpu,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
-    opacity: Annotated[
-        float, typer.Option(min=0, max=1, help="Opacity of the map where it is highest.")
-    ] = 0.7,
+    opacity: Opacity = 0.7,
     labels: Labels = None,
     size: Size = None,
     color: Color = None,
@@ -200,7 +239,11 @@ def run(
         preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
         layer=layer,
         method=method,
-        score=None if score is None else score.value,
+        evidence=evidence,
+        fuse=fuse,
+        smooth=smooth,
+        compat=compat,
+        score=score,
         scores=scores,
     )
     wanted = explainer.resolve(classes or -1)
@@ -231,11 +274,15 @@ def attach(
         Path, typer.Argument(help="An ONNX classifier; it stays as it is.", metavar="MODEL", readable=False)
     ],
     output: Output,
-    layer: Layer = None,
+    layer: Layers = None,
     method: Method = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
     emit: Emit = "cam,heatmap",
-    class_input: ClassInputOption = ClassInput.optional,
-    score: ScoreOption = None,
+    class_input: ClassInput = "optional",
+    score: Score = None,
     scores: Scores = None,
     labels: Labels = None,
     size: Size = None,
@@ -256,9 +303,13 @@ def attach(
         output,
         layer=layer,
         method=method or "gradcam",
+        evidence=evidence,
+        fuse=fuse or "mean",
+        smooth=smooth or (),
+        compat=compat or "paper",
         emit=_parts(emit),
-        class_input=class_input.value,
-        score=score.value if score else "before",
+        class_input=class_input,
+        score=score or "before",
         scores=scores,
         labels=_labels(labels),
         **_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
@@ -275,11 +326,15 @@ def export(
     ] = None,
     input_size: Annotated[str, typer.Option(help="Input size: 224 or HEIGHTxWIDTH.")] = "224",
     channels: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 3,
-    layer: Layer = None,
+    layer: Layers = None,
     method: Method = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
     emit: Emit = "cam,heatmap",
-    class_input: ClassInputOption = ClassInput.optional,
-    score: ScoreOption = None,
+    class_input: ClassInput = "optional",
+    score: Score = None,
     labels: Labels = None,
     color: Color = None,
     scale: Scale = None,
@@ -291,7 +346,7 @@ def export(
     """Turn a PyTorch classifier into an explained ONNX file, checked against PyTorch."""
     from onnxcam.exporting import example, export, load_module
 
-    _check_output(output, None)
+    _check_output(output)
     height, width = _size(input_size)
     module = load_module(spec, weights)
     explained = export(
@@ -300,9 +355,13 @@ def export(
         output,
         layer=layer,
         method=method or "gradcam",
+        evidence=evidence,
+        fuse=fuse or "mean",
+        smooth=smooth or (),
+        compat=compat or "paper",
         emit=_parts(emit),
-        class_input=class_input.value,
-        score=score.value if score else "before",
+        class_input=class_input,
+        score=score or "before",
         labels=_labels(labels),
         **_preprocess(None, color, scale, mean, std, resize, interpolation),
     )
@@ -347,6 +406,145 @@ def layers(
     widths = [max(len(line[i]) for line in rows) for i in range(6)]
     for line in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each method.")] = False,
+) -> None:
+    """List the methods: equation and paper, what each needs and costs.
+
+    The last entry is what --compat takes to have the numbers of another library. The cost is in runs of the
+    model, beside the one that predicts: C is the number of the layer's channels, P that of its positions.
+    """
+    from onnxcam.coverage import methods as listed
+
+    for row in listed():
+        if as_json:
+            typer.echo(json.dumps(row))
+            continue
+        needs = ", ".join(row["needs"] + ([row["requires"]] if row["requires"] else []))
+        where = "; looks at the picture" if row["looks_at"] == "picture" else ""
+        typer.echo(f"{row['name']}\n    {row['summary']}")
+        typer.echo(f"    needs: {needs}{where}; cost: {row['cost']}; compat: {', '.join(row['compat'])}")
+
+
+@app.command()
+def compare(
+    model: Annotated[Path, typer.Argument(help="A plain ONNX classifier.", metavar="MODEL", readable=False)],
+    image: Annotated[Path, typer.Argument(help="A picture.", metavar="IMAGE", readable=False)],
+    methods: Annotated[str, typer.Option(help="Methods with commas between; see 'onnxcam methods'.")],
+    output: Drawing,
+    classes: Classes = None,
+    layer: Layers = None,
+    evidence: Evidence = None,
+    fuse: Fuse = None,
+    smooth: Smooth = None,
+    compat: Compat = None,
+    score: Score = None,
+    scores: Scores = None,
+    provider: ProviderOption = Provider.cpu,
+    opacity: Opacity = 0.7,
+    labels: Labels = None,
+    size: Size = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    layout: Layout = None,
+) -> None:
+    """Draw the maps of several methods side by side.
+
+    There is a row for each method and a column for each class. A method that cannot be applied to the model
+    is named with the reason, and the rest go on; the exit code is 1 then.
+    """
+    from onnxcam.comparing import compare as compared
+    from onnxcam.render import save_png
+
+    _check_drawing(output, model, image)
+    found = compared(
+        model,
+        image,
+        _parts(methods),
+        classes or -1,
+        layer=layer,
+        evidence=evidence,
+        fuse=fuse,
+        smooth=smooth,
+        compat=compat,
+        score=score,
+        scores=scores,
+        provider=provider.value,
+        labels=_labels(labels),
+        preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
+    )
+    save_png(found.sheet(opacity), output)
+    for name, seconds in found.seconds.items():
+        typer.echo(f"{name}: {seconds:.2f} s")
+    typer.echo(f"side by side: {output}")
+    for name, reason in found.reasons.items():
+        _complain(reason if reason.startswith(name) else f"{name}: {reason}")
+    if found.reasons:
+        raise typer.Exit(1)
+
+
+@app.command()
+def filters(
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL", readable=False)
+    ],
+    output: Drawing,
+    color: Color = None,
+    scores: Scores = None,
+) -> None:
+    """Draw the filters of the first convolution.
+
+    Each is scaled by its own largest weight; mid-grey is a weight of zero.
+    """
+    from onnxcam.looking import filters as found
+    from onnxcam.render import save_png
+
+    _check_drawing(output, model)
+    drawn = found(model, None if color is None else color.upper(), scores)
+    save_png(drawn.grid(), output)
+    typer.echo(f"{drawn}: {output}")
+
+
+@app.command()
+def activations(
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX classifier, explained or plain.", metavar="MODEL", readable=False)
+    ],
+    image: Annotated[Path, typer.Argument(help="A picture.", metavar="IMAGE", readable=False)],
+    output: Drawing,
+    layer: Annotated[
+        str | None, typer.Option(help="A value name, a node name or a PyTorch module path.")
+    ] = None,
+    scores: Scores = None,
+    size: Size = None,
+    color: Color = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    layout: Layout = None,
+) -> None:
+    """Draw what the channels of a layer hold.
+
+    Each is drawn from its least value, black, to its greatest, white; one that is flat is pale blue.
+    """
+    from onnxcam.looking import activations as found
+    from onnxcam.render import save_png
+
+    _check_drawing(output, model, image)
+    facts = _preprocess(size, color, scale, mean, std, resize, interpolation, layout)
+    drawn = found(model, image, layer=layer, scores=scores, **facts)
+    save_png(drawn.grid(), output)
+    flat = f", {drawn.flat.sum()} of them flat" if drawn.flat.any() else ""
+    typer.echo(f"{drawn}{flat}: {output}")
 
 
 @app.command()
@@ -406,14 +604,23 @@ def _check_folder(folder: Path) -> None:
         raise OnnxcamError(f"{existing} is not writable; choose another folder with --output")
 
 
-def _check_output(output: Path, model: Path | None) -> None:
+def _check_drawing(output: Path, *inputs: Path) -> None:
+    if output.suffix.lower() != ".png":
+        raise OnnxcamError(f"{output} must be called .png, as that is what is written")
+    _check_output(output, *inputs)
+
+
+def _check_output(output: Path, *inputs: Path) -> None:
     try:
         if output.is_dir():
             raise OnnxcamError(f"{output} is a folder; give the name of the file to write")
         if not output.parent.is_dir():
             raise OnnxcamError(f"the folder {output.parent} does not exist")
-        if model is not None and output.exists() and model.exists() and output.samefile(model):
-            raise OnnxcamError(f"{output} is the model itself, which stays as it is; choose another name")
+        for path, what in zip(inputs, ("model", "picture"), strict=False):
+            if output.exists() and path.exists() and output.samefile(path):
+                raise OnnxcamError(
+                    f"{output} is the {what} itself, which stays as it is; choose another name"
+                )
     except OSError as error:
         raise OnnxcamError(f"{output} cannot be written: {error.strerror or error}") from None
 
@@ -463,8 +670,8 @@ def _text(explanation: "Explanation", files: dict[str, Any]) -> str:
     for prediction in explanation.predictions:
         lines.append(f"  {prediction.score:8.2%}  {prediction.label} ({prediction.index})")
     for k, (prediction, path) in enumerate(zip(explanation.classes, files["overlays"], strict=True)):
-        note = explanation.note(k)
-        lines.append(f"  why {prediction.label}? {path}" + (f"  (the map is {note})" if note else ""))
+        remark = explanation.remark(k)
+        lines.append(f"  why {prediction.label}? {path}" + (f"  ({remark})" if remark else ""))
     lines.append(f"  all in one: {files['panel']}")
     return "\n".join(lines)
 
@@ -475,9 +682,13 @@ def _report(output: Path, metadata: dict[str, str]) -> None:
 
     card = Card.from_metadata(metadata)
     assert card is not None
+    whose = f" as in {card.compat}" if card.compat else ""
     module = f" ({card.module})" if card.module else ""
-    grid = f", {card.grid}" if card.grid else ""
-    typer.echo(f"{output}: {card.method} at layer {card.layer}{module}{grid}, score {card.score} softmax")
+    facts = [f"{card.method}{whose} at layer {card.layer}{module}", card.grid]
+    facts += [f"{card.fuse} of the layers"] if card.fuse else []
+    facts += [f"smoothed by {' and '.join(card.smooth)}"] if card.smooth else []
+    facts += [f"evidence {card.evidence}"] if card.evidence else []
+    typer.echo(f"{output}: {', '.join(filter(None, facts))}, score {card.score} softmax")
     missing = card.input.missing()
     if missing:
         typer.echo(f"  not on the card, to be given to 'onnxcam run': {', '.join(missing)}")

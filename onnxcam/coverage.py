@@ -1,7 +1,12 @@
-"""Which operators a gradient passes through: ``onnxcam operators`` prints it, docs/operators.md holds it."""
+"""What there is, as ``onnxcam operators`` and ``onnxcam methods`` print it."""
+
+from typing import Any
 
 import onnx
 
+from onnxcam.dialects import DIALECTS
+from onnxcam.layers import REQUIREMENTS
+from onnxcam.methods import METHODS
 from onnxcam.vjp import RULES
 
 _NO_RULE = {
@@ -11,13 +16,18 @@ _NO_RULE = {
     "SoftmaxCrossEntropyLoss": "a loss: it needs the true class and comes after the scores",
 }
 
+_NEEDS = {"a": "activation", "da": "gradient", "hda": "second derivative", "probe": "runs of the model"}
+
 _NEWER = "newer than this onnxcam"
 
 _DIFFERENTIABLE = onnx.defs.OpSchema.DifferentiationCategory.Differentiable
 
 
 def table() -> str:
-    """Return a Markdown table of every operator that has a rule or, by its schema, could have one."""
+    """Return a Markdown table of every operator that has a rule or, by its schema, could have one.
+
+    docs/operators.md holds it too.
+    """
     schemas = {s.name: s for s in onnx.defs.get_all_schemas() if s.domain == "" and not s.deprecated}
     versions: dict[str, list[int]] = {}
     for schema in onnx.defs.get_all_schemas_with_history():
@@ -39,3 +49,25 @@ def table() -> str:
             room = rule.function.__module__.rpartition(".")[2]
             lines.append(f"| {operator} | {since or '-'} | `vjp/{room}.py` | `tests/vjp/test_{room}.py` |")
     return "\n".join(lines)
+
+
+def methods() -> list[dict[str, Any]]:
+    """Return what there is to know of each method, as plain values for JSON.
+
+    Keys: ``name``; ``summary``, the equation and its paper; ``needs``, of ``activation``, ``gradient``,
+    ``second derivative`` and ``runs of the model``; ``cost``, see `onnxcam.methods.Method`; ``looks_at``,
+    ``layer`` or ``picture``; ``requires``, what the model must have, or None; ``compat``, the dialects that
+    have it.
+    """
+    return [
+        {
+            "name": name,
+            "summary": method.summary,
+            "needs": [_NEEDS[part] for part in method.needs],
+            "cost": method.cost,
+            "looks_at": "picture" if method.at_picture else "layer",
+            "requires": REQUIREMENTS[method.requires].needs if method.requires else None,
+            "compat": [dialect.name for dialect in DIALECTS.values() if name in dialect.methods],
+        }
+        for name, method in METHODS.items()
+    ]

@@ -15,12 +15,6 @@ from onnxcam.loops import each
 from onnxcam.methods import Method
 from onnxcam.probe import Probe
 
-EVIDENCE = ("for", "against", "both", "counterfactual")
-"""What is kept of the weighted sum: max(0, .), min(0, .), all; or max(0, .) for the negative score."""
-
-FUSIONS = ("mean", "max", "product")
-SMOOTHINGS = ("augmentation", "eigen")
-
 _FLIPS = np.array([False, False, False, True, True, True])
 _FACTORS = np.array([0.9, 1.0, 1.1, 0.9, 1.0, 1.1])
 """Of smoothing by augmentation: the picture as it is and mirrored, each at three strengths."""
@@ -33,9 +27,9 @@ class Request:
     Attributes:
         method: how the map is made.
         dialect: whose numbers they are.
-        evidence: one of `EVIDENCE`; None: what the method's paper keeps.
-        fusion: how the maps of several layers become one; None: they do not.
-        smooth: of `SMOOTHINGS`.
+        evidence: one of ``onnxcam.card.EVIDENCE``; None: what the method's paper keeps.
+        fusion: how the maps of several layers become one, one of ``onnxcam.card.FUSIONS``; None: not at all.
+        smooth: of ``onnxcam.card.SMOOTHINGS``.
     """
 
     method: Method

@@ -25,7 +25,7 @@ from onnx.reference.ops import op_conv_transpose
 from onnx_ir.passes import common as passes
 
 from onnxcam import layers, onnxfile
-from onnxcam.attaching import EMITS, attach, prepared
+from onnxcam.attaching import attach, prepared
 from onnxcam.card import Card
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.grid import CHANNELS_LAST, TOKENS, Grid
@@ -68,8 +68,12 @@ def export(
     example_inputs: "torch.Tensor | Sequence[torch.Tensor]",
     path: "str | os.PathLike[str] | None" = None,
     *,
-    layer: str | None = None,
+    layer: str | Sequence[str] | None = None,
     method: str = "gradcam",
+    evidence: str | None = None,
+    fuse: str = "mean",
+    smooth: Sequence[str] = (),
+    compat: str = "paper",
     emit: Sequence[str] = ("cam", "heatmap"),
     class_input: str = "optional",
     score: str = "before",
@@ -80,7 +84,8 @@ def export(
     """Export a PyTorch classifier to ONNX together with its class activation maps.
 
     The file's input is ``image``, its first output ``scores`` [N,classes]. Before anything is written, the
-    scores, the activations and the gradient of the best class are compared with torch's on random pictures.
+    scores, the activations of each layer and the gradient of the best class there are compared with torch's
+    on random pictures. If the method looks at the picture itself, so does the check.
 
     Args:
         module: returns one tensor of class scores [N,classes]. It is exported in evaluation mode and comes
@@ -90,8 +95,13 @@ def export(
         path: where to write the explained model; its folder must exist. None: only return it.
         layer: the activation to explain: the output of a submodule by its path, such as ``layer4`` or
             ``layer4.1.conv2`` (of its last call, if it is called more than once), or any name that `attach`
-            takes. None: the last spatial feature map before the head.
-        method: see `attach`, as are emit, class_input, score, labels and preprocess.
+            takes. None: the last spatial feature map before the head. Or several of these.
+        method: see `attach`, as are evidence, fuse, smooth, compat, emit, class_input, score, labels and
+            preprocess.
+        evidence: what of the map is kept.
+        fuse: how the maps of several layers are joined.
+        smooth: ``augmentation``, ``eigen`` or both.
+        compat: whose numbers the maps have.
         emit: outputs to add.
         class_input: ``optional`` or ``required``.
         score: explain the score ``before`` or ``after`` the softmax.
@@ -109,20 +119,36 @@ def export(
     if opset < onnxfile.OLDEST_OPSET:
         raise OnnxcamError(f"opset is {opset}; it must be at least {onnxfile.OLDEST_OPSET}")
     example = _picture(example_inputs)
-    watched = layer if layer and layer in dict(module.named_modules()) else None
+    wanted = [layer] if isinstance(layer, str) else list(dict.fromkeys(layer or ()))
+    parts = dict(module.named_modules())
+    watched = [name for name in wanted if name and name in parts]
     with _quiet(), _evaluating(module):
         _run(module, _random(example, _CHECKED_ROWS), watched)
         program = _capture(module, _random(example, _TRACED_ROWS), watched, opset)
-        model, value = _cleaned(program.model, watched is not None, opset)
-        plain: dict[str, Any] = {
-            "layer": value or layer,
-            "method": method,
-            "class_input": class_input,
-            "score": score,
-        }
-        explained = attach(model, emit=emit, labels=labels, **plain, **preprocess)
-        checked = attach(model, emit=EMITS, **plain)
-        _verify(checked, model, module, program, watched, example)
+        model, values = _cleaned(program.model, len(watched), opset)
+        known = dict(zip(watched, values, strict=True))
+        sources = list(dict.fromkeys(known.get(name, name) for name in wanted))
+        explained = attach(
+            model,
+            layer=None if layer is None else sources,
+            method=method,
+            evidence=evidence,
+            fuse=fuse,
+            smooth=smooth,
+            compat=compat,
+            emit=emit,
+            class_input=class_input,
+            score=score,
+            labels=labels,
+            **preprocess,
+        )
+        card = Card.from_metadata(explained.metadata_props)
+        assert card is not None
+        for source in sources or [card.layer]:
+            # Whatever the method makes of them, the gradients behind it are those of gradcam.
+            checked = attach(model, layer=source, emit=("activations", "gradients"), score=score)
+            part = next((name for name in watched if known[name] == source), None)
+            _verify(checked, model, module, program, part, example)
     if path is not None:
         onnxfile.save(explained, path)
     return explained
@@ -234,27 +260,28 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watching(module: torch.nn.Module, layer: str | None) -> Iterator[None]:
-    """Within the block `module` returns two tensors: the scores and what its part `layer` returned.
+def _watching(module: torch.nn.Module, layers: Sequence[str]) -> Iterator[None]:
+    """Within the block `module` returns the scores and what each of its parts `layers` returned.
 
     The rest of the module gets a copy, so that an operation in place does not change what is returned here.
     """
-    if layer is None:
+    if not layers:
         yield
         return
-    seen: list[Any] = []
+    seen: dict[str, Any] = {}
 
-    def keep(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        seen[:] = [output]
-        return output.clone() if isinstance(output, torch.Tensor) else output
+    def keeper(name: str) -> Callable[[torch.nn.Module, Any, Any], Any]:
+        def keep(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+            seen[name] = output
+            return output.clone() if isinstance(output, torch.Tensor) else output
+
+        return keep
 
     def extend(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        return output, seen.pop() if seen else None
+        return output, *(seen.pop(name, None) for name in layers)
 
-    handles = [
-        module.get_submodule(layer).register_forward_hook(keep),
-        module.register_forward_hook(extend),
-    ]
+    handles = [module.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
+    handles.append(module.register_forward_hook(extend))
     try:
         yield
     finally:
@@ -262,41 +289,40 @@ def _watching(module: torch.nn.Module, layer: str | None) -> Iterator[None]:
             handle.remove()
 
 
-def _run(
-    module: torch.nn.Module, x: torch.Tensor, layer: str | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the module in torch; return its scores and the output of its part `layer`, for autograd to go back.
+def _run(module: torch.nn.Module, x: torch.Tensor, layers: Sequence[str]) -> list[torch.Tensor]:
+    """Run the module in torch; return its scores and the outputs of its parts, for autograd to go back.
 
     Raises:
-        OnnxcamError: it fails, or it or the layer returns something else than a tensor.
+        OnnxcamError: it fails, or it or a layer returns something else than a tensor.
     """
     # A copy, so that a module may change its input in place.
     x = x.detach().requires_grad_().clone()
     try:
-        with torch.enable_grad(), _watching(module, layer):
+        with torch.enable_grad(), _watching(module, layers):
             returned = module(x)
     except Exception as error:  # whatever the module raises
         raise OnnxcamError(f"the module fails on an input {list(x.shape)}: {_cause(error)}") from error
-    scores, activations = (returned, None) if layer is None else returned
+    scores, *outputs = returned if layers else [returned]
     if not isinstance(scores, torch.Tensor):
         raise OnnxcamError(
             f"the module returns a {type(scores).__name__}; it must return one tensor, the class scores"
         )
-    if layer is not None and activations is None:
-        raise OnnxcamError(f"the module does not run its part {layer!r} in evaluation mode")
-    if layer is not None and not isinstance(activations, torch.Tensor):
-        raise OnnxcamError(
-            f"layer {layer!r} returns a {type(activations).__name__}, not one tensor; choose a part of it "
-            "or the layer after it"
-        )
-    return scores, activations
+    for layer, output in zip(layers, outputs, strict=True):
+        if output is None:
+            raise OnnxcamError(f"the module does not run its part {layer!r} in evaluation mode")
+        if not isinstance(output, torch.Tensor):
+            raise OnnxcamError(
+                f"layer {layer!r} returns a {type(output).__name__}, not one tensor; choose a part of it "
+                "or the layer after it"
+            )
+    return [scores, *outputs]
 
 
 def _capture(
-    module: torch.nn.Module, x: torch.Tensor, layer: str | None, opset: int
+    module: torch.nn.Module, x: torch.Tensor, layers: Sequence[str], opset: int
 ) -> torch.onnx.ONNXProgram:
     try:
-        with _watching(module, layer):
+        with _watching(module, layers):
             program = torch.onnx.export(
                 module,
                 (x,),
@@ -312,23 +338,23 @@ def _capture(
     return program
 
 
-def _cleaned(model: ir.Model, watched: bool, opset: int) -> tuple[ir.Model, str | None]:
+def _cleaned(model: ir.Model, watched: int, opset: int) -> tuple[ir.Model, list[str]]:
     """Bring torch's model into its final form.
 
     Args:
         model: changed in place.
-        watched: whether its last output is the layer to explain, and not one of its own.
+        watched: how many of its last outputs are layers to explain, and not its own.
         opset: which was asked for.
 
     Returns:
-        The model, and the name of the value that is the layer.
+        The model, and the names of the values that are those layers.
     """
     optimizer.fold_constants(model, onnx_shape_inference=True)
     rewriter.rewrite(model, _RULES)
     passes.InlinePass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph = model.graph
-    value = _original(graph.outputs.pop()) if watched else None
+    watching = [_original(graph.outputs.pop()) for _ in range(watched)][::-1]
     passes.RemoveUnusedNodesPass()(model)
     names = {v.name for v in (*graph.inputs, *graph.initializers.values())}
     names |= {v.name for node in graph.all_nodes() for v in node.outputs}
@@ -342,7 +368,7 @@ def _cleaned(model: ir.Model, watched: bool, opset: int) -> tuple[ir.Model, str 
     if graph.opset_imports[""] != opset:
         raise OnnxcamError(f"torch's exporter cannot write opset {opset}")
     _forget_machine(model)
-    return model, value.name if value else None
+    return model, [value.name or "" for value in watching]
 
 
 def _original(value: ir.Value) -> ir.Value:
@@ -407,8 +433,7 @@ def _verify(
 
     def in_torch(x: torch.Tensor) -> _Values:
         if watched is not None and logits is None:
-            scores, activations = _run(module, x, watched)
-            assert activations is not None
+            scores, activations = _run(module, x, [watched])
             return _Values(scores, activations, scores)
         return _run_program(program, x, source, logits)
 

@@ -192,11 +192,27 @@ def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
 
 
 def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Layer:
+    """Find the layer called `name` that a gradient reaches; see `locate`.
+
+    Raises:
+        OnnxcamError: there is none, or no gradient reaches it.
+    """
+    layer = locate(model, name, source, logits)
+    if layer.unreached:
+        earlier = default(explainable(source, logits), source, logits)
+        raise OnnxcamError(
+            f"no gradient reaches the picture's tokens at layer {name!r}: only the others are read after it; "
+            f"choose an earlier layer, such as {earlier.name!r}"
+        )
+    return layer
+
+
+def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Layer:
     """Find the layer called `name`: a value, a node or a PyTorch module path.
 
     Raises:
-        OnnxcamError: there is no such layer, it comes after the scores or does not influence them,
-            it has no plane of positions, or no gradient reaches that.
+        OnnxcamError: there is no such layer, it comes after the scores or does not influence them, or it has
+            no plane of positions.
     """
     value = _named(model, name)
     if value is None:
@@ -211,8 +227,7 @@ def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Laye
         if value is logits or path(value, logits):
             raise OnnxcamError(f"layer {name!r} comes after the scores; choose one before them")
         raise OnnxcamError(f"layer {name!r} does not influence the scores")
-    layers = explainable(source, logits)
-    layer = next((layer for layer in layers if layer.value is value), None)
+    layer = next((layer for layer in explainable(source, logits) if layer.value is value), None)
     if layer is None and is_map(value):
         order = layout(source) if value is source else PLANES
         at = 2 if order == PLANES else 1
@@ -221,11 +236,6 @@ def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Laye
         raise OnnxcamError(
             f"layer {name!r} is {_shape_text(value)}; a map needs an activation [N,C,h,w] or [N,h,w,C] with "
             "h*w > 1, or tokens [N,T,C] that cover the picture"
-        )
-    if layer.unreached:
-        raise OnnxcamError(
-            f"no gradient reaches the picture's tokens at layer {name!r}: only the others are read after it; "
-            f"choose an earlier layer, such as {default(layers, source, logits).name!r}"
         )
     return layer
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from onnxcam.errors import OnnxcamError
 
-# The colour map's corners as (lightness, chroma, hue in degrees) in OKLCh, from 0 to 1.
-_CORNERS = (
+# Corners of the colour maps as (lightness, chroma, hue in degrees) in OKLCh.
+_CORNERS = (  # from 0 to 1
     (0.32, 0.14, 270),  # dark blue
     (0.46, 0.17, 260),
     (0.60, 0.14, 240),
@@ -28,19 +29,31 @@ _CORNERS = (
     (0.75, 0.18, 58),
     (0.60, 0.22, 30),  # red
 )
+_SIDES = (  # from 0 to -1 and from 0 to 1, equally light; towards 0 they fade out
+    ((0.70, 0.14, 245), (0.47, 0.21, 263)),  # light to dark blue
+    ((0.70, 0.17, 38), (0.47, 0.19, 28)),  # light to dark red
+)
 
 
 @functools.cache
-def _table() -> NDArray[np.uint8]:
-    """Return the colour map, uint8 [256, 3]: equal steps of colour difference in OKLab.
+def _table(signed: bool) -> NDArray[np.uint8]:
+    """Return a colour map, uint8 [256, 3] from 0 to 1, or [255, 3] from -1 to 1."""
+    if not signed:
+        return _ramp(_CORNERS, 256)
+    against, for_ = (_ramp(corners, 128) for corners in _SIDES)
+    return np.concatenate([against[:0:-1], for_])
+
+
+def _ramp(corners: Sequence[tuple[float, float, float]], count: int) -> NDArray[np.uint8]:
+    """Return colours uint8 [count, 3] from corner to corner: equal steps of colour difference in OKLab.
 
     Björn Ottosson, "A perceptual color space for image processing", 2020; sRGB by IEC 61966-2-1.
     """
-    lightness, chroma, hue = np.array(_CORNERS).T
+    lightness, chroma, hue = np.array(corners).T
     lab = np.stack([lightness, chroma * np.cos(np.deg2rad(hue)), chroma * np.sin(np.deg2rad(hue))])
     steps = np.linalg.norm(np.diff(lab), axis=0)
     at = np.concatenate([[0], steps.cumsum() / steps.sum()])
-    lab = np.stack([np.interp(np.linspace(0, 1, 256), at, channel) for channel in lab])
+    lab = np.stack([np.interp(np.linspace(0, 1, count), at, channel) for channel in lab])
     to_cone = [
         [1, 0.3963377774, 0.2158037573],
         [1, -0.1055613458, -0.0638541728],
@@ -57,25 +70,36 @@ def _table() -> NDArray[np.uint8]:
     return table
 
 
-def colorize(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+def colorize(heat: NDArray[np.float32], signed: bool = False) -> NDArray[np.uint8]:
     """Colour a map: 0 is dark blue, then green and yellow, 1 is red.
 
     Args:
         heat: float [...], of any shape; clipped to 0..1, and values that are not finite count as 0.
+        signed: from -1 to 1 instead: below 0 blue and above 0 red, the farther from it the darker.
 
     Returns:
         uint8 [..., 3], RGB.
     """
-    return np.take(_table(), _levels(heat), axis=0)
+    return np.take(_table(signed), _levels(heat, signed), axis=0)
 
 
-def _levels(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return `heat` clipped to 0..1 in steps of 1/255, with 0 for what is not finite."""
-    scaled = heat * np.float32(255)
-    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
-    scaled[~np.isfinite(heat)] = 0
-    return scaled.astype(np.uint8)
+def _levels(heat: NDArray[np.float32], signed: bool) -> NDArray[np.uint8]:
+    """Return the place of each value in the colour map; what is not finite counts as 0."""
+    scaled = np.where(np.isfinite(heat), heat, np.float32(0))
+    scaled = (np.clip(scaled, -1, 1) + 1) * 127 if signed else np.clip(scaled, 0, 1) * 255
+    return np.rint(scaled).astype(np.uint8)
 
+
+@functools.cache
+def _strengths(signed: bool) -> NDArray[np.float64]:
+    """Return the opacity of each colour of the map, of which the highest is 1; on both sides of 0 it is 0."""
+    if signed:
+        return 1 - (1 - np.abs(np.linspace(-1, 1, 255))) ** 2
+    return np.linspace(0.4, 1, 256)
+
+
+_AGAINST = ("against", "both", "counterfactual")
+"""The kinds of evidence that speak against the class, at least in part."""
 
 OPACITY = 0.7
 """Of the map where it is 1, unless asked otherwise: the least at which red reads as red on any photo."""
@@ -86,17 +110,23 @@ def overlay(
     heat: NDArray[np.float32],
     mask: NDArray[np.bool_] | None = None,
     opacity: float = OPACITY,
+    evidence: str | None = None,
 ) -> Image.Image:
     """Lay a coloured map over a photo.
 
     Cool regions are more transparent (0.4 of `opacity` where the map is 0), so the photo stays visible;
     its own colours are muted by `opacity`, so that a red thing in it is not taken for a hot one.
 
+    Evidence against the class is blue and evidence for it red; both fade out towards 0, where the photo
+    alone is left. It is grey then, as at half the usual opacity already.
+
     Args:
         image: the photo, W x H pixels.
-        heat: float [H, W], 0 to 1; see `colorize`.
+        heat: float [H, W], 0 to 1, or -1 to 1 for evidence against the class; see `colorize`.
         mask: bool [H, W], False where the model did not see the photo: grey and pale there, and no map.
-        opacity: of the map where it is 1, from 0 (photo only) to 1 (map only).
+        opacity: of the map where it is 1 or -1, from 0 (photo only) to 1 (map only).
+        evidence: what the map shows, of ``onnxcam.card.EVIDENCE``. A ``counterfactual`` map, 0 to 1, speaks
+            against the class and is drawn as if below zero.
 
     Returns:
         A new picture of mode ``RGB`` and of the photo's size.
@@ -111,11 +141,14 @@ def overlay(
     if not 0 <= opacity <= 1:
         raise OnnxcamError(f"opacity is {opacity}; it must be between 0 and 1")
     photo = image if image.mode == "RGB" else image.convert("RGB")
-    level = Image.fromarray(_levels(heat))
-    alpha = level.point([round(255 * opacity * (0.4 + 0.6 * step / 255)) for step in range(256)])
-    level.putpalette(_table().tobytes())
-    luma = np.append(np.array([0.299, 0.587, 0.114]) * opacity, 0)
-    over = photo.convert("RGB", tuple((luma + (1 - opacity) * np.eye(3, 4)).flat))
+    signed = evidence in _AGAINST
+    level = Image.fromarray(_levels(-heat if evidence == "counterfactual" else heat, signed))
+    strengths = np.resize(_strengths(signed), 256)  # as many as a byte has values
+    alpha = level.point([round(255 * opacity * strength) for strength in strengths])
+    level.putpalette(_table(signed).tobytes())
+    mute = min(2 * opacity, 1) if signed else opacity
+    luma = np.append(np.array([0.299, 0.587, 0.114]) * mute, 0)
+    over = photo.convert("RGB", tuple((luma + (1 - mute) * np.eye(3, 4)).flat))
     over.paste(level.convert("RGB"), mask=alpha)
     if mask is None or mask.all():
         return over
@@ -147,7 +180,9 @@ _MARGIN, _GAP, _PER_ROW = 32, 24, 4
 _Line = tuple[str, int, tuple[int, int, int]]  # text, size in pixels, colour
 
 
-def panel(image: Image.Image, columns: Sequence[Column], title: str = "") -> Image.Image:
+def panel(
+    image: Image.Image, columns: Sequence[Column], title: str = "", evidence: str | None = None
+) -> Image.Image:
     """Compose one picture to look at: the photo, each class's map with label and score, a colour bar.
 
     Pictures are scaled to fit 420 x 480 pixels, enlarged at most twice; four stand in a row. Pillow's
@@ -157,6 +192,7 @@ def panel(image: Image.Image, columns: Sequence[Column], title: str = "") -> Ima
         image: the photo.
         columns: the classes, best first.
         title: a line above; empty for none.
+        evidence: what the maps show, see `overlay`.
 
     Returns:
         A new picture of mode ``RGB`` on white.
@@ -165,7 +201,7 @@ def panel(image: Image.Image, columns: Sequence[Column], title: str = "") -> Ima
     width, height = (max(1, round(edge * scale)) for edge in image.size)
     column = max(width, _NARROW)
     captions: list[list[_Line]] = [[], *(_caption(cell, column) for cell in columns)]
-    depth = max(_leading(26), *(sum(_leading(size) for _, size, _ in lines) for lines in captions))
+    depth = max(_leading(26), *map(_depth, captions))
     pitch = height + 12 + depth + _GAP
     top = _MARGIN + (48 if title else 0)
     across, down = min(len(captions), _PER_ROW), -(-len(captions) // _PER_ROW)
@@ -176,13 +212,9 @@ def panel(image: Image.Image, columns: Sequence[Column], title: str = "") -> Ima
         draw.text((_MARGIN, _MARGIN - 4), "".join(_fit(title, 26, right - _MARGIN, 1)), _INK, _font(26))
     for index, picture in enumerate([image, *(cell.picture for cell in columns)]):
         x, y = _MARGIN + index % _PER_ROW * (column + _GAP), top + index // _PER_ROW * pitch
-        sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_FAINT)
-        y += height + 12
-        for text, size, ink in captions[index]:
-            draw.text((x, y), text, ink, _font(size))
-            y += _leading(size)
-    _color_bar(sheet, _MARGIN, top + height + 12, column)
+        _frame(sheet, picture, x, y, width, height)
+        _write(draw, x, y + height + 12, captions[index])
+    _color_bar(sheet, _MARGIN, top + height + 12, column, evidence)
     return sheet
 
 
@@ -201,15 +233,27 @@ def _percent(score: float) -> str:
     return "> 99.9 %" if 0.9995 <= score < 1 else f"{100 * score:.1f} %"
 
 
-def _color_bar(sheet: Image.Image, left: int, top: int, width: int) -> None:
+_BARS = {
+    "against": (-1, 0, "against", "nothing"),
+    "counterfactual": (-1, 0, "against", "nothing"),
+    "both": (-1, 1, "against", "for"),
+}
+"""By evidence: the ends of the colour bar and their names."""
+
+
+def _color_bar(sheet: Image.Image, left: int, top: int, width: int, evidence: str | None) -> None:
     """Draw the colour map as a bar with its ends named, `width` pixels in all."""
     draw, font = ImageDraw.Draw(sheet), _font(16)
-    start, stop = left + round(font.getlength("low")) + 10, left + width - round(font.getlength("high")) - 10
+    low, high, first, last = _BARS.get(evidence or "", (0, 1, "low", "high"))
+    start, stop = left + round(font.getlength(first)) + 10, left + width - round(font.getlength(last)) - 10
     stop = min(stop, start + 220)
-    bar = colorize(np.tile(np.linspace(0, 1, stop - start, dtype=np.float32), (12, 1)))
-    sheet.paste(Image.fromarray(bar), (start, top + 5))
-    draw.text((left, top), "low", _GREY, font)
-    draw.text((stop + 10, top), "high", _GREY, font)
+    bar = np.linspace(low, high, stop - start, dtype=np.float32)[None].repeat(12, axis=0)
+    colors = colorize(bar, low < 0).astype(np.float64)
+    if low < 0:
+        colors += (255 - colors) * (1 - _strengths(True)[_levels(bar, True), None])  # on the white sheet
+    sheet.paste(Image.fromarray(np.rint(colors).astype(np.uint8)), (start, top + 5))
+    draw.text((left, top), first, _GREY, font)
+    draw.text((stop + 10, top), last, _GREY, font)
 
 
 def _fit(text: str, size: int, width: int, most: int) -> list[str]:
@@ -240,6 +284,146 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _leading(size: int) -> int:
     """Return the distance in pixels between lines of text of this size."""
     return round(1.35 * size)
+
+
+SMALLER = 300, 340
+"""Width and height in pixels that no picture in a comparison exceeds."""
+_ROW_HEAD = 220  # width in pixels of the names of rows
+
+
+class Row(NamedTuple):
+    """One method in a comparison.
+
+    Attributes:
+        name: of the method.
+        facts: further lines about it.
+        columns: its maps, one for each class; empty if there is none.
+        reason: why there is none.
+    """
+
+    name: str
+    facts: Sequence[str]
+    columns: Sequence[Column]
+    reason: str = ""
+
+
+def comparison(
+    image: Image.Image, rows: Sequence[Row], title: str, evidence: str | None = None
+) -> Image.Image:
+    """Compose one picture with a row for each method and a column for the photo and each class.
+
+    Pictures are scaled to fit 300 x 340 pixels, enlarged at most twice.
+
+    Args:
+        image: the photo.
+        rows: the methods, of which at least one has maps.
+        title: a line above.
+        evidence: what the maps show, see `overlay`.
+
+    Returns:
+        A new picture of mode ``RGB`` on white.
+    """
+    scale = min(SMALLER[0] / image.width, SMALLER[1] / image.height, 2)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    column = max(width, _NARROW)
+    first = next(row.columns for row in rows if row.columns)
+    heads: list[list[_Line]] = [_caption(cell._replace(note=""), column) for cell in first]
+    left = _MARGIN + _ROW_HEAD + _GAP
+    right = left + (1 + len(heads)) * (column + _GAP) - _GAP
+    sides = [
+        [(text, 20, _INK) for text in _fit(row.name, 20, _ROW_HEAD, 2)]
+        + [(text, 16, _GREY) for fact in row.facts for text in _fit(fact, 16, _ROW_HEAD, 2)]
+        for row in rows
+    ]
+    bodies = [_beneath(row, column, right - left) for row in rows]
+    depths = [
+        max(_depth(side), *map(_depth, lines))
+        if row.reason
+        else max(_depth(side), height + 8 + max(map(_depth, lines)))
+        for row, side, lines in zip(rows, sides, bodies, strict=True)
+    ]
+    top = _MARGIN + 48 + max(map(_depth, heads)) + 8  # of the first row
+    sheet = Image.new(
+        "RGB", (right + _MARGIN, top + sum(depths) + len(rows) * _GAP - _GAP + _MARGIN), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 4), "".join(_fit(title, 26, right - _MARGIN, 1)), _INK, _font(26))
+    _color_bar(sheet, _MARGIN, _MARGIN + 48, _ROW_HEAD, evidence)
+    for k, head in enumerate(heads, 1):
+        _write(draw, left + k * (column + _GAP), top - 8 - _depth(head), head)
+    for row, side, lines, depth in zip(rows, sides, bodies, depths, strict=True):
+        _write(draw, _MARGIN, top, side)
+        cells = [] if row.reason else [image, *(cell.picture for cell in row.columns)]
+        for k, cell in enumerate(cells):
+            _frame(sheet, cell, left + k * (column + _GAP), top, width, height)
+        for k, text in enumerate(lines):
+            _write(draw, left + k * (column + _GAP), top + (height + 8 if cells else 0), text)
+        top += depth + _GAP
+    return sheet
+
+
+def _beneath(row: Row, column: int, whole: int) -> list[list[_Line]]:
+    """Return the lines beneath the photo and each map of a row, or the reason in the place of all."""
+    if row.reason:
+        return [[(text, 16, _GREY) for text in _fit(row.reason, 16, whole, 4)]]
+    return [[], *([(text, 16, _GREY) for text in _fit(cell.note, 16, column, 2)] for cell in row.columns)]
+
+
+def _depth(lines: Sequence[_Line]) -> int:
+    return sum(_leading(size) for _, size, _ in lines)
+
+
+def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[_Line]) -> None:
+    for text, size, ink in lines:
+        draw.text((x, y), text, ink, _font(size))
+        y += _leading(size)
+
+
+def _frame(sheet: Image.Image, picture: Image.Image, x: int, y: int, width: int, height: int) -> None:
+    """Paste a picture at width x height with a thin frame around it."""
+    sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
+    ImageDraw.Draw(sheet).rectangle((x - 1, y - 1, x + width, y + height), outline=_FAINT)
+
+
+_SHEET = 1200  # width in pixels that a grid is drawn to
+_CELL = 96  # that one cell of it does not exceed
+
+
+def grid(cells: NDArray[np.uint8], title: str, legend: str) -> Image.Image:
+    """Compose a grid of small pictures, row by row, numbered from 0 along the left and the top.
+
+    Each pixel of a cell becomes a square of whole pixels.
+
+    Args:
+        cells: uint8 [n,h,w,3], RGB.
+        title: a line above.
+        legend: what the colours mean, beneath it.
+
+    Returns:
+        A new picture of mode ``RGB`` on white.
+    """
+    count, height, width = cells.shape[:3]
+    across = min(count, math.ceil(math.sqrt(1.5 * count * height / width)))
+    down = -(-count // across)
+    factor = max(1, min(_SHEET // (across * width), _CELL // max(height, width)))
+    pitch_x, pitch_y = factor * width + 2, factor * height + 2
+    font, leading = _font(14), _leading(14)
+    gutter = round(font.getlength(str(count - 1))) + 8
+    left, top = _MARGIN + gutter, _MARGIN + _leading(26) + _leading(16) + 12 + leading
+    right = max(left + across * pitch_x, _MARGIN + 640)
+    sheet = Image.new("RGB", (right + _MARGIN, top + down * pitch_y + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 4), "".join(_fit(title, 26, right - _MARGIN, 1)), _INK, _font(26))
+    below = _MARGIN + _leading(26)
+    draw.text((_MARGIN, below), "".join(_fit(legend, 16, right - _MARGIN, 1)), _GREY, _font(16))
+    for column in range(0, across, -(-gutter // pitch_x)):
+        draw.text((left + column * pitch_x, top - leading), str(column), _GREY, font)
+    for row in range(0, down, -(-leading // pitch_y)):
+        draw.text((_MARGIN, top + row * pitch_y), str(row * across), _GREY, font)
+    for index, cell in enumerate(cells.repeat(factor, axis=1).repeat(factor, axis=2)):
+        place = left + index % across * pitch_x, top + index // across * pitch_y
+        sheet.paste(Image.fromarray(cell), place)
+    return sheet
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,20 @@ from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.image import Viewport, check_facts, open_image, prepare, upright
 from onnxcam.render import OPACITY, PANEL, Column, overlay, panel
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """onnxruntime's name of each provider."""
+
+SHOWS = {
+    None: "",
+    "for": ": what speaks for the class",
+    "against": ": what speaks against the class",
+    "both": ": what speaks for and against the class",
+    "counterfactual": ": counterfactual, what speaks against the class",
+}
+"""What the maps show, by the card's evidence."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -52,7 +64,8 @@ class Explanation:
         predictions: the five best classes (all, if there are fewer), best first.
         classes: the K classes explained.
         cam: float32 [K,h,w], the method's maps at the layer's resolution, unscaled.
-        heatmap: float32 [K,H,W] at the model's input size, each scaled to [0,1].
+        heatmap: float32 [K,H,W] at the model's input size, each scaled to [0,1], or to [-1,1] where it holds
+            evidence against the class.
         card: what the model says about itself.
         model: the model's file name.
         provider: name of the provider that ran it.
@@ -73,37 +86,59 @@ class Explanation:
     def overlay(self, k: int = 0, opacity: float = OPACITY) -> Image.Image:
         """Return the picture with the map of the k-th class over it, at the picture's own size.
 
+        Evidence against the class is blue, see `onnxcam.render.overlay`.
+
         Args:
             k: position in `classes`.
-            opacity: of the map where it is highest, 0 to 1.
+            opacity: of the map where it is strongest, 0 to 1.
         """
         heat, seen = self.viewport.to_picture(self.heatmap[k])
-        return overlay(self.image, heat, seen, opacity)
+        return overlay(self.image, heat, seen, opacity, self.card.evidence)
 
     def panel(self, opacity: float = OPACITY) -> Image.Image:
         """Return one picture of the photo and, for each class, the map over it, label and score."""
+        photo, columns = self.columns(PANEL, opacity)
+        return panel(photo, columns, f"{self.card.title}{SHOWS[self.card.evidence]}", self.card.evidence)
+
+    def columns(self, size: tuple[int, int], opacity: float = OPACITY) -> tuple[Image.Image, list[Column]]:
+        """Return the photo and its overlays, no larger than `size`, with what stands beneath each."""
         photo = self.image.copy()
-        photo.thumbnail(PANEL, Image.Resampling.LANCZOS)
+        photo.thumbnail(size, Image.Resampling.LANCZOS)
         small = dataclasses.replace(self, image=photo, viewport=self.viewport.scaled(*photo.size))
         columns = [
-            Column(small.overlay(k, opacity), c.label, c.score, f"the map is {note}" if note else "")
+            Column(small.overlay(k, opacity), c.label, c.score, self.remark(k))
             for k, c in enumerate(self.classes)
-            for note in [self.note(k)]
         ]
-        return panel(photo, columns, f"{self.card.method} at {self.card.module or self.card.layer}")
+        return photo, columns
 
     def note(self, k: int) -> str | None:
-        """Say why the k-th map shows nothing: ``not finite``, ``all zero`` or ``flat``; None if it does."""
+        """Name what is odd about the k-th map.
+
+        Returns:
+            ``not finite``, ``flat``, ``all zero`` or ``all negative`` (nothing is above zero; said of maps
+            that may be positive). None: nothing is.
+        """
         cam = self.cam[k]
         if not np.isfinite(cam).all():
             return "not finite"
         if cam.min() == cam.max():
             return "all zero" if cam.max() == 0 else "flat"
-        return None
+        return "all negative" if cam.max() <= 0 and self.card.evidence != "against" else None
 
-    def peak(self, k: int) -> tuple[int, int]:
-        """Return the pixel (x, y) of the picture where the k-th map is highest."""
-        heat = self.heatmap[k]
+    def remark(self, k: int) -> str:
+        """Say the same of the k-th map in words for a person; empty if nothing is odd."""
+        note = self.note(k)
+        if note in ("all zero", "all negative"):
+            sides = {"against": "against", "counterfactual": "against", "both": "for or against"}
+            side = "for" if note == "all negative" else sides.get(self.card.evidence or "", "for")
+            return f"the map is {note}: nothing speaks {side} the class"
+        return f"the map is {note}" if note else ""
+
+    def peak(self, k: int) -> tuple[int, int] | None:
+        """Return the pixel (x, y) of the picture where the k-th map is strongest; None if it is nowhere."""
+        heat = np.abs(self.heatmap[k])
+        if self.note(k) in ("not finite", "flat") or not heat.any():
+            return None
         row, column = np.unravel_index(int(heat.argmax()), heat.shape)
         x, y = self.viewport.to_pixel(float(row), float(column), heat.shape)
         return min(max(int(x), 0), self.image.width - 1), min(max(int(y), 0), self.image.height - 1)
@@ -120,12 +155,14 @@ class Explanation:
                     "score": c.score,
                     "method": self.card.method,
                     "layer": self.card.layer,
+                    "evidence": self.card.evidence,
                     "minimum": _finite(self.cam[k].min()),
                     "maximum": _finite(self.cam[k].max()),
-                    "peak": None if self.note(k) else list(self.peak(k)),
+                    "peak": peak and list(peak),
                     "note": self.note(k),
                 }
                 for k, c in enumerate(self.classes)
+                for peak in [self.peak(k)]
             ],
             "model": self.model,
             "provider": self.provider,
@@ -148,8 +185,12 @@ class Explainer:
         provider: str = "cpu",
         labels: Sequence[str] | None = None,
         preprocess: Mapping[str, Any] | None = None,
-        layer: str | None = None,
+        layer: str | Sequence[str] | None = None,
         method: str | None = None,
+        evidence: str | None = None,
+        fuse: str | None = None,
+        smooth: Sequence[str] | None = None,
+        compat: str | None = None,
         score: str | None = None,
         scores: str | None = None,
     ) -> None:
@@ -160,16 +201,26 @@ class Explainer:
             provider: ``cpu`` or ``cuda``.
             labels: class names by index, in place of those on the card.
             preprocess: fields of `onnxcam.card.Preprocess`, in place of those on the card.
-            layer, method, score, scores: for a plain model, as in `onnxcam.attach`.
+            layer, method, evidence, fuse, smooth, compat, score, scores: for a plain model, as in
+                `onnxcam.attach`.
 
         Raises:
             OnnxcamError: the file is no usable model, the provider is not available, an option does not
                 fit an explained model, or neither the card nor `preprocess` says how a picture is prepared.
         """
         self.path = Path(model)
-        self.provider = _provider(provider)
+        self.provider = provider_named(provider)
         given = {name: value for name, value in (preprocess or {}).items() if value is not None}
-        asked = {"layer": layer, "method": method, "score": score, "scores": scores}
+        asked = {
+            "layer": layer,
+            "method": method,
+            "evidence": evidence,
+            "fuse": fuse,
+            "smooth": smooth,
+            "compat": compat,
+            "score": score,
+            "scores": scores,
+        }
         options = {name: value for name, value in asked.items() if value is not None}
         self._session = _open(self.path, self.provider)
         card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
@@ -178,12 +229,7 @@ class Explainer:
             card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
             assert card is not None
         else:
-            for name, value in options.items():
-                if getattr(card, name) != value and not (name == "layer" and value == card.module):
-                    raise OnnxcamError(
-                        f"{self.path} is explained already, with {name} {getattr(card, name)!r} "
-                        f"instead of {value!r}; attach to the original model for another"
-                    )
+            _check_asked(self.path, card, options)
         self.card = dataclasses.replace(
             card,
             input=_replaced(card.input, given),
@@ -224,7 +270,7 @@ class Explainer:
         """
         wanted = self.resolve(classes)
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-        picture = _in_memory(image) if name is None else open_image(name)
+        picture = as_picture(image)
         x, viewport = prepare(picture, self.card.input)
         scores, cam, heatmap = self._run(x.astype(self._dtype), np.array([wanted], np.int64))
         flat = scores[0].reshape(-1).astype(np.float64)
@@ -254,11 +300,7 @@ class Explainer:
 
     def _run(self, x: NDArray[Any], classes: NDArray[np.int64]) -> list[NDArray[Any]]:
         feeds = {self.card.input.name: np.repeat(x, self._rows, axis=0), "cam_class": classes}
-        try:
-            result: list[NDArray[Any]] = self._session.run([self.card.scores, "cam", "cam_heatmap"], feeds)
-        except Exception as error:  # onnxruntime's exceptions have no common base class
-            raise OnnxcamError(f"onnxruntime cannot run {self.path}: {_first_line(error)}") from error
-        return result
+        return run(self._session, [self.card.scores, "cam", "cam_heatmap"], feeds, self.path)
 
     def resolve(self, classes: ClassRequest | Iterable[ClassRequest]) -> list[int]:
         """Turn what a person asks for into class indices or ranks.
@@ -328,8 +370,14 @@ class Explainer:
         return Prediction(index, label, float(shown[index]))
 
 
-def _in_memory(image: Any) -> Image.Image:
-    """Take a Pillow image or an array as the upright RGB picture it stands for."""
+def as_picture(image: "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]") -> Image.Image:
+    """Return the upright RGB picture that a file, a Pillow image or an array stands for.
+
+    Raises:
+        OnnxcamError: it cannot be read, or is none of these.
+    """
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
     try:
         if isinstance(image, Image.Image):
             return upright(image)
@@ -344,7 +392,7 @@ def _in_memory(image: Any) -> Image.Image:
     )
 
 
-def _provider(name: str) -> str:
+def provider_named(name: str) -> str:
     """Return onnxruntime's name of the provider.
 
     Raises:
@@ -400,16 +448,44 @@ def _open(path: Path, provider: str) -> Any:
 
 def _attached(path: Path, provider: str, options: Mapping[str, Any]) -> Any:
     """Attach a plain model in memory and open a session on it."""
+    from onnxcam.attaching import attach
+
+    return start(attach(path, **options), provider)
+
+
+def start(model: "ir.Model", provider: str) -> Any:
+    """Open a session on a model in memory.
+
+    Args:
+        model: it may be of any size.
+        provider: onnxruntime's name of it.
+
+    Raises:
+        OnnxcamError: onnxruntime cannot load the model.
+    """
     import tempfile
 
     from onnxcam import onnxfile
-    from onnxcam.attaching import attach
 
-    model = attach(path, **options)
     with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
-        explained = Path(folder) / "explained.onnx"
-        onnxfile.save(model, explained)
-        return _open(explained, provider)
+        path = Path(folder) / "model.onnx"
+        onnxfile.save(model, path)
+        return _open(path, provider)
+
+
+def run(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], model: object
+) -> list[NDArray[Any]]:
+    """Run a session; `model` is what it is called where it cannot be run.
+
+    Raises:
+        OnnxcamError: it cannot.
+    """
+    try:
+        result: list[NDArray[Any]] = session.run(list(outputs), dict(feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise OnnxcamError(f"onnxruntime cannot run {model}: {_first_line(error)}") from error
+    return result
 
 
 def _replaced(preprocess: Preprocess, given: dict[str, Any]) -> Preprocess:
@@ -421,6 +497,27 @@ def _replaced(preprocess: Preprocess, given: dict[str, Any]) -> Preprocess:
         if name in given:
             given[name] = tuple(float(value) for value in given[name])
     return dataclasses.replace(preprocess, **given)
+
+
+def _check_asked(path: Path, card: Card, options: Mapping[str, Any]) -> None:
+    """See that an explained model is what is asked for.
+
+    Raises:
+        OnnxcamError: its card says otherwise.
+    """
+    for name, value in options.items():
+        known = getattr(card, name)
+        if name == "layer" and not isinstance(value, str):
+            value = ", ".join(dict.fromkeys(value))
+        elif name == "smooth":
+            value, known = (", ".join(sorted(names)) for names in (value, known or ()))
+        elif name == "compat":
+            known = known or "paper"
+        if known != value and not (name == "layer" and value == card.module):
+            how = f"with {name} {known!r} instead of {value!r}" if known else f"without {name} {value!r}"
+            raise OnnxcamError(
+                f"{path} is explained already, {how}; attach to the original model for another"
+            )
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

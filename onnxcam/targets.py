@@ -1,4 +1,4 @@
-"""TARGETS: what of the scores is explained, and the inputs by which a run says it."""
+"""What of the scores is explained, and the inputs by which a run says it."""
 
 import numpy as np
 import onnx_ir as ir
@@ -8,9 +8,6 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.seed import Seeds
 from onnxcam.vjp.shapes import dims, rank
-
-TARGETS = ("class", "contrast", "rivals", "seed")
-"""The score of a class; less that of another; less the mean of its rivals'; or any weighted sum of scores."""
 
 CLASS, AGAINST, MASK, SEED = "cam_class", "cam_against", "cam_mask", "cam_seed"
 """Names of the inputs."""
@@ -31,7 +28,7 @@ def add_seeds(op: Emitter, target: str, ranked: Value, scores: Value, optional: 
 
     Args:
         op: where the nodes go.
-        target: one of `TARGETS`.
+        target: one of ``onnxcam.card.TARGETS``.
         ranked: what says which class is best, of the shape of `scores`.
         scores: what is explained: [N,M], or [N,M,H,W], whose sum over the mask is the score of a class; for
             ``seed`` of any shape [N,...].

@@ -367,7 +367,7 @@ def scaled(values):
     return (values - low) / (high - low)
 
 
-def heat(cam, size, *, nhwc=False, symbolic=False, by="ort"):
+def heat(cam, size, *, nhwc=False, symbolic=False, by="ort", signed=False):
     shape = [1, *size, 3] if nhwc else [1, 3, *size]
     declared = ["n", "h", "w", 3] if nhwc else ["n", 3, "h", "w"]
     given = [
@@ -380,7 +380,7 @@ def heat(cam, size, *, nhwc=False, symbolic=False, by="ort"):
     op = Emitter(graph, 18, "test")
     rows = 1 if nhwc else 2
     wanted = op.Shape(given[1], start=rows, end=rows + 2) if symbolic else list(size)
-    graph.outputs.append(op.Identity(heatmap(op, given[0], wanted)))
+    graph.outputs.append(op.Identity(heatmap(op, given[0], wanted, signed)))
     model = ir.to_proto(ir.Model(graph, ir_version=10))
     feeds = {"cam": np.asarray(cam, np.float32), "x": np.zeros(shape, np.float32)}
     if by == "ref":
@@ -411,7 +411,9 @@ def test_heatmap_equals_pillows():
 NAN, INF, HUGE = float("nan"), float("inf"), 3e38
 MAPS = {
     "plain": ([[0, 1], [2, 4]], None),
-    "negative": ([[-4, -2], [-1, 0]], None),
+    "partly negative": ([[-4, -2], [-1, 0.5]], None),
+    "negative": ([[-4, -2], [-1, -0.5]], 0),
+    "nothing above zero": ([[-4, -2], [-1, 0]], 0),
     "tiny": ([[0, 1e-36], [2e-36, 4e-36]], None),
     "large": ([[0, 1e38], [-1e38, 1.5e38]], None),
     "zero": ([[0, 0], [0, 0]], 0),
@@ -441,6 +443,22 @@ def test_heatmap_is_between_0_and_1_or_zero_whatever_the_map(by):
             )
         else:
             assert not found.any(), name
+
+
+SIGNED = {
+    "both": ([[-1, 0], [2, 4]], [[-0.25, 0], [0.5, 1]]),
+    "negative": ([[-4, -2], [-1, 0]], [[-1, -0.5], [-0.25, 0]]),
+    "all negative": ([[-4, -2], [-1, -8]], [[-0.5, -0.25], [-0.125, -1]]),
+    "flat": ([[-3, -3], [-3, -3]], [[0, 0], [0, 0]]),
+    "nan": ([[-1, NAN], [2, 4]], [[0, 0], [0, 0]]),
+    "inf": ([[-INF, 1], [2, 4]], [[0, 0], [0, 0]]),
+}
+
+
+@pytest.mark.parametrize("by", ["ort", "ref"])
+def test_signed_heatmap_keeps_zero(by):
+    got = heat([[values] for values, _ in SIGNED.values()], (2, 2), by=by, signed=True)
+    np.testing.assert_allclose(got[:, 0], [wanted for _, wanted in SIGNED.values()], rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", np.random.default_rng(0).standard_normal(20))

@@ -42,6 +42,17 @@ BARE = Card(
 )
 
 
+SEVERAL = dataclasses.replace(
+    CARD,
+    layer="relu_3, relu_7",
+    module=None,
+    compat="captum",
+    evidence="counterfactual",
+    fuse="max",
+    smooth=("augmentation", "eigen"),
+)
+
+
 def read(text):
     return Card.from_metadata({KEY: text})
 
@@ -56,7 +67,14 @@ def changed_input(**fields):
     return changed(input={**json.loads(CARD.to_json())["input"], **fields})
 
 
-@pytest.mark.parametrize("card", [CARD, BARE])
+def test_title_says_what_the_map_is():
+    assert CARD.title == "gradcam at layer4.2"
+    assert BARE.title == "cam at a"
+    smooth = "smoothed by augmentation and eigen"
+    assert SEVERAL.title == f"gradcam as in captum at relu_3, relu_7, {smooth}"
+
+
+@pytest.mark.parametrize("card", [CARD, BARE, SEVERAL])
 def test_round_trip(card):
     text = card.to_json()
     assert "\n" not in text

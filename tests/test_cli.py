@@ -22,10 +22,14 @@ from PIL import Image
 import onnxcam.cli
 import onnxcam.render
 from onnxcam import __version__
+from onnxcam.dialects import DIALECTS
+from onnxcam.methods import METHODS
 from tests.small import FLAGS, classifier, floats, saved
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "attach", "layers", "operators", "export")
+COMMANDS = (
+    *("run", "attach", "export", "layers", "methods", "compare", "filters", "activations", "operators"),
+)
 
 
 @pytest.fixture
@@ -115,6 +119,7 @@ def test_json_is_one_object_for_each_picture(small_explained, photo, tmp_path):
                 "score",
                 "method",
                 "layer",
+                "evidence",
                 "minimum",
                 "maximum",
                 "peak",
@@ -192,6 +197,43 @@ def test_attach_options_reach_the_model(call, small, tmp_path):
     assert (card["method"], card["layer"], card["score"]) == ("hirescam", "conv", "after")
 
 
+def test_options_of_the_map_reach_the_model(call, small, photo, tmp_path):
+    out = tmp_path / "explained.onnx"
+    options = [
+        *("--layer", "conv", "--layer", "features", "--fuse", "max", "--evidence", "both"),
+        *("--smooth", "augmentation", "--smooth", "eigen", "--compat", "paper"),
+    ]
+    code, text, err = call("attach", small, "-o", out, *FLAGS, *options)
+    assert (code, err) == (0, "")
+    assert text.splitlines() == [
+        f"{out}: gradcam at layer conv, features, max of the layers, smoothed by augmentation and eigen, "
+        "evidence both, score before softmax"
+    ]
+    # The explained model is what these very options ask for, and gives what the plain one gives with them.
+    for model, folder in ((out, "a"), (small, "b")):
+        code, text, err = call("run", model, photo, *FLAGS, *options, "--json", "-o", tmp_path / folder)
+        assert (code, err) == (0, "")
+        assert json.loads(text)["explanations"][0]["evidence"] == "both"
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_map_without_anything_above_zero_is_named(call, photo, tmp_path):
+    """The weights of the class are all below zero."""
+    model = onnx.load(saved(tmp_path, outputs=[]))
+    (w2,) = (t for t in model.graph.initializer if t.name == "w2")
+    w2.CopyFrom(numpy_helper.from_array(-np.abs(numpy_helper.to_array(w2)), "w2"))
+    onnx.save(model, tmp_path / "negative.onnx")
+    for method, note in (("gradcam", "all zero"), ("cam", "all negative")):
+        arguments = ("run", tmp_path / "negative.onnx", photo, *FLAGS, "--method", method, "-o", tmp_path)
+        code, text, _ = call(*arguments)
+        assert code == 0
+        assert f"(the map is {note}: nothing speaks for the class)" in text
+        (found,) = json.loads(call(*arguments, "--json")[1])["explanations"]
+        assert (found["note"], found["peak"]) == (note, None)
+        assert (found["minimum"] < 0) == (method == "cam")
+
+
 def test_layers(call, small):
     code, text, err = call("layers", small)
     assert (code, err) == (0, "")
@@ -215,6 +257,115 @@ def test_layers(call, small):
         "zero_gradient": False,
         "default": False,
     }
+
+
+def test_methods(call):
+    code, text, err = call("methods")
+    assert (code, err) == (0, "")
+    lines = text.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == list(METHODS)
+    at = lines.index("cam")
+    assert lines[at + 1] == "    sum_k W_ck A_k, signed. Zhou et al. 2016, eq. 2."
+    assert lines[at + 2].startswith("    needs: gradient, a head that averages ")
+    code, text, err = call("methods", "--json")
+    rows = {row["name"]: row for row in map(json.loads, text.splitlines())}
+    assert (code, list(rows)) == (0, list(METHODS))
+    cam = {
+        "name": "cam",
+        "summary": "sum_k W_ck A_k, signed. Zhou et al. 2016, eq. 2.",
+        "needs": ["gradient"],
+        "cost": "1 backward",
+        "looks_at": "layer",
+        "requires": "a head that averages the feature map and weighs its channels",
+    }
+    assert cam.items() <= rows["cam"].items()
+    assert rows["eigencam"]["needs"] == ["activation"]
+    assert rows["shapleycam"]["needs"] == ["gradient", "second derivative"]
+    assert rows["scorecam"]["needs"] == ["runs of the model"]
+    for name, row in rows.items():
+        assert row["compat"][0] == "paper"
+        assert set(row["compat"]) == {d for d, dialect in DIALECTS.items() if name in dialect.methods}
+
+
+def test_compare(call, small, photo, tmp_path):
+    out = tmp_path / "side.png"
+    options = ("--methods", "gradcam, eigencam", "-c", 0, "-c", "top2", "--evidence", "both", "-o", out)
+    code, text, err = call("compare", small, photo, *options, *FLAGS)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        rf"gradcam: \d+\.\d\d s\neigencam: \d+\.\d\d s\nside by side: {re.escape(str(out))}\n", text
+    )
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+
+
+def test_compare_names_a_method_that_cannot_be_applied_and_the_rest_go_on(call, small, photo, tmp_path):
+    out = tmp_path / "side.png"
+    arguments = ("compare", small, photo, "--layer", "conv", "-o", out, *FLAGS)
+    code, text, err = call(*arguments, "--methods", "cam,gradcam")
+    assert code == 1
+    assert re.match(r"gradcam: .* s\nside by side: ", text)
+    reason = (
+        "cam needs a head .* but node 'relu1' .Relu. lies between the layer and the scores; use gradcam.*"
+    )
+    assert re.fullmatch(f"onnxcam: {reason}\n", err)
+    assert out.exists()
+    out.unlink()
+    is_refused(call(*arguments, "--methods", "cam"), "^onnxcam: cam needs a head that averages", out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "gradcam,gradcan"], "no method 'gradcan' .did you mean 'gradcam'"),
+        (["--methods", ","], "no method to compare is given; methods: "),
+        (["--layer", "cnv"], "onnxcam: the model has no layer 'cnv' .did you mean 'conv'"),
+        (["-c", "9"], "onnxcam: class 9 is out of range"),
+        (["--std", "0"], "onnxcam: std is .0.0.; every value must be above zero"),
+        (["-o", "x.jpg"], "x.jpg must be called .png"),
+        (["-o", "no/x.png"], "the folder no does not exist"),
+    ],
+)
+def test_bad_option_of_compare(call, small, photo, tmp_path, options, message):
+    out = tmp_path / "side.png"
+    arguments = ("--methods", "gradcam,eigencam", "-o", out, *FLAGS, *options)
+    is_refused(call("compare", small, photo, *arguments), message, out)
+
+
+def test_what_is_drawn_from_stays(call, small, small_explained, photo, tmp_path):
+    copy, picture = tmp_path / "model.png", tmp_path / "photo.png"
+    copy.write_bytes(small.read_bytes())
+    picture.write_bytes(photo.read_bytes())
+    for command in (["compare", copy, picture, "--methods", "fem"], ["activations", copy, picture]):
+        for path, what in ((copy, "model"), (picture, "picture")):
+            is_refused(call(*command, *FLAGS, "-o", path), f"is the {what} itself, which stays as it is")
+    is_refused(call("filters", copy, "-o", copy, "--color", "rgb"), "is the model itself")
+    assert (copy.read_bytes(), picture.read_bytes()) == (small.read_bytes(), photo.read_bytes())
+    answer = call("compare", small_explained, photo, "--methods", "fem", "-o", tmp_path / "x.png")
+    is_refused(
+        answer, "is explained already, with gradcam alone; give the original model", tmp_path / "x.png"
+    )
+
+
+def test_filters_and_activations(call, small, small_explained, photo, tmp_path):
+    out = tmp_path / "grid.png"
+    code, text, err = call("filters", small, "-o", out, "--color", "bgr")
+    assert (code, text, err) == (0, f"6 colour filters 3x3 of conv1: {out}\n", "")
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+    assert call("filters", small_explained, "-o", out)[0] == 0
+    out.unlink()
+    is_refused(call("filters", small, "-o", out), "which order its colours are; give --color", out)
+    is_refused(call("filters", small, "-o", out, "--color", "gray"), "color is GRAY; three channels are", out)
+    for model, facts in ((small, FLAGS), (small_explained, ())):
+        code, text, err = call("activations", model, photo, "-o", out, "--layer", "conv", *facts)
+        assert (code, text, err) == (0, f"6 channels 8x12 of conv: {out}\n", "")
+        assert out.exists()
+        out.unlink()
+    is_refused(call("activations", small, photo, "-o", out), "color, scale, mean, std, resize unknown", out)
+    is_refused(
+        call("activations", small, photo, *FLAGS, "--layer", "flat", "-o", out), "layer 'flat' is", out
+    )
 
 
 def test_labels_file(call, small, photo, tmp_path):
@@ -511,6 +662,28 @@ BAD_ATTACH = {
         "output is 'heat'; it must be one of cam, heatmap, activations, gradients",
     ),
     "emit nothing": (["--emit", ","], "nothing to emit"),
+    "class input": (
+        ["--class-input", "never"],
+        "class input is 'never'; it must be one of optional, required",
+    ),
+    "score": (["--score", "during"], "score is 'during'; it must be one of before, after"),
+    "evidence": (
+        ["--evidence", "none"],
+        "evidence is 'none'; it must be one of for, against, both, counterfactual",
+    ),
+    "fuse": (["--fuse", "sum"], "fuse is 'sum'; it must be one of mean, max, product"),
+    "smooth": (["--smooth", "blur"], "smoothing is 'blur'; it must be one of augmentation, eigen"),
+    "compat": (["--compat", "keras"], "compat is 'keras'; it must be one of paper"),
+    "empty layer": (["--layer", ""], "no layer ''"),
+    "one of the layers": (["--layer", "conv", "--layer", "cnv"], "no layer 'cnv' .did you mean 'conv'"),
+    "activations of several": (
+        ["--layer", "conv", "--layer", "features", "--emit", "activations"],
+        "activations are those of one layer; there are several",
+    ),
+    "attributions of a map": (
+        ["--method", "eigencam", "--emit", "attributions"],
+        "eigencam is no sum over channels, so there are no attributions",
+    ),
     "scores": (["--scores", "score"], "no output 'score' .did you mean 'scores'"),
     "size": (["--size", "224x"], "size is '224x'; it must be PIXELS or HEIGHTxWIDTH"),
     "size zero": (["--size", "0"], "height is given as 0"),
@@ -549,7 +722,7 @@ def test_bad_option(call, small, photo, tmp_path, kind, command):
     out = tmp_path / "out"
     if command == "attach":
         answer = call("attach", small, "-o", out, *options)
-    elif options[0] == "--emit":
+    elif {"--emit", "--class-input"}.intersection(options):
         return  # not an option of run
     else:
         answer = call("run", small, photo, *FLAGS, *options, "-o", out)
@@ -576,6 +749,14 @@ def test_layer_that_does_not_influence_the_scores(call, tmp_path):
         (["--provider", "cuda"], "provider 'cuda' is not available; this onnxruntime has: cpu"),
         (["--layer", "conv"], "explained already, with layer 'features' instead of 'conv'"),
         (["--method", "cam"], "explained already, with method 'gradcam' instead of 'cam'"),
+        (
+            ["--layer", "conv", "--layer", "features"],
+            "explained already, with layer 'features' instead of 'conv, features'",
+        ),
+        (["--evidence", "both"], "explained already, without evidence 'both'; attach to the original"),
+        (["--fuse", "max"], "explained already, without fuse 'max'"),
+        (["--smooth", "eigen"], "explained already, without smooth 'eigen'"),
+        (["--compat", "captum"], "explained already, with compat 'paper' instead of 'captum'"),
         (["--labels", os.devnull], "there are 0 labels for 4 classes"),
     ],
 )
@@ -669,14 +850,20 @@ def test_too_little_memory_is_one_line(call, small_explained, photo, tmp_path, m
 def test_help_names_every_option(call, command):
     code, text, err = call(command, "--help")
     assert (code, err) == (0, "")
+    facts = "--labels --size --color --scale --mean --std --resize --interpolation --layout"
+    maps = "--layer --method --evidence --fuse --smooth --compat --score"
     expected = {
-        "run": "--class --layer --method --score --scores --output --provider --json --opacity --labels "
-        "--size --color --scale --mean --std --resize --interpolation --layout",
-        "attach": "--output --layer --method --emit --class-input --score --scores --labels --size --color "
-        "--scale --mean --std --resize --interpolation --layout",
+        "run": f"--class {maps} --scores --output --provider --json --opacity {facts}",
+        "attach": f"--output {maps} --emit --class-input --scores {facts}",
         "layers": "--scores --json",
-        "export": "--output --weights --input-size --layer --method --emit --class-input --score --labels "
+        "export": f"--output --weights --input-size {maps} --emit --class-input --labels "
         "--color --scale --mean --std --resize --interpolation",
+        "compare": f"--methods --output --class {maps} --scores --provider --opacity {facts}".replace(
+            " --method ", " "
+        ),
+        "filters": "--output --color --scores",
+        "activations": f"--output --layer --scores {facts}".replace(" --labels", ""),
+        "methods": "--json",
         "operators": "",
     }[command].split()
     assert set(expected) <= set(re.findall(r"--[a-z-]+", text))
@@ -699,9 +886,7 @@ def test_help_lists_the_commands(call):
         ["run", "model.onnx", "x.png", "--provider", "tpu"],
         ["run", "model.onnx", "x.png", "--opacity", "2"],
         ["run", "model.onnx", "x.png", "--opacity", "nan"],
-        ["run", "model.onnx", "x.png", "--score", "during"],
         ["attach", "model.onnx"],
-        ["attach", "model.onnx", "-o", "x", "--class-input", "never"],
         ["layers"],
         ["export"],
     ],

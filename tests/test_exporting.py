@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import pickle
 import sys
@@ -21,11 +22,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from onnxcam import exporting
-from onnxcam.attaching import EMITS
-from onnxcam.card import KEY, Card
+from onnxcam.card import EMITS, KEY, Card
 from onnxcam.cli import app
 from onnxcam.errors import OnnxcamError
 from onnxcam.exporting import example, export, load_module
+from onnxcam.methods import METHODS
 from onnxcam.vjp import RULES
 from tests.checks import quiet, relative_error
 
@@ -401,6 +402,54 @@ def test_layer_by_the_name_of_a_value_or_node(layer):
     module = seeded(Functional)
     model = export(module, SMALL, layer=layer, emit=EMITS)
     assert card_of(model).layer == layer.removeprefix("node_")
+
+
+def test_several_layers_are_each_checked(net, monkeypatch):
+    seen = []
+    verify = exporting._verify
+
+    def noted(checked, *others):
+        seen.append((Card.from_metadata(checked.metadata_props).layer, others[3]))
+        verify(checked, *others)
+
+    monkeypatch.setattr(exporting, "_verify", noted)
+    options = {"evidence": "both", "fuse": "max", "smooth": ("eigen",), "compat": "paper"}
+    made = export(net, SMALL, layer=["stem.0", "conv2d_1", "stem.0", "conv2d"], **options)
+    card = Card.from_metadata(made.metadata_props)
+    values = card.layer.split(", ")
+    assert values == ["conv2d", "conv2d_1"]
+    assert seen == [(values[0], "stem.0"), (values[1], None)]
+    assert (card.evidence, card.fuse, card.smooth, card.compat) == ("both", "max", ("eigen",), None)
+
+
+@pytest.mark.parametrize("wrong", ["stem.0", "conv2d_1"])
+def test_a_wrong_gradient_at_one_of_several_layers_is_refused(net, monkeypatch, wrong):
+    verify = exporting._verify
+    monkeypatch.setitem(RULES, ("", "Relu"), wrong_relu(1.01))
+    layers = ["stem.0", "conv2d_1"]
+
+    def only(checked, *others):
+        name = "stem.0" if others[3] == "stem.0" else "conv2d_1"
+        if name == wrong:
+            verify(checked, *others)
+
+    monkeypatch.setattr(exporting, "_verify", only)
+    with pytest.raises(OnnxcamError, match="does not agree with torch"):
+        export(net, SMALL, layer=layers)
+
+
+def test_a_method_that_looks_at_the_picture_is_checked_there(net, monkeypatch):
+    function = METHODS["gradcam"].function
+    monkeypatch.setitem(
+        METHODS, "at picture", dataclasses.replace(METHODS["gradcam"], function=function, at_picture=True)
+    )
+    made = export(net, SMALL, method="at picture")
+    assert Card.from_metadata(made.metadata_props).layer == "image"
+    with pytest.raises(OnnxcamError, match="looks at the picture itself; leave the layer out"):
+        export(net, SMALL, method="at picture", layer="stem.0")
+    monkeypatch.setitem(RULES, ("", "Relu"), wrong_relu(1.01))
+    with pytest.raises(OnnxcamError, match="does not agree with torch"):
+        export(net, SMALL, method="at picture")
 
 
 def test_layer_may_be_the_picture_itself(net):

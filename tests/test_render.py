@@ -1,5 +1,6 @@
 """Colours, overlays, panels and PNG files."""
 
+import itertools
 import os
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from onnxcam.errors import OnnxcamError
-from onnxcam.render import Column, colorize, overlay, panel, save_png
+from onnxcam.render import Column, Row, colorize, comparison, grid, overlay, panel, save_png
 
 
 def oklab(srgb):
@@ -64,7 +65,59 @@ def test_colorize_returns_an_array_of_its_own():
     assert colorize(LEVELS).any()
 
 
+def test_signed_colors_are_blue_below_zero_and_red_above():
+    against, weak, faint, for_ = colorize(np.array([-1, -0.02, 0.02, 1], np.float32), signed=True).astype(int)
+    for blue in (against, weak):
+        assert blue[2] > 1.3 * max(blue[0], blue[1])
+    for red in (for_, faint):
+        assert red[0] > 1.5 * max(red[1], red[2])
+    assert weak.sum() > against.sum()
+    assert faint.sum() > for_.sum()
+    middle = colorize(np.array([np.nan, np.inf, 0], np.float32), signed=True)
+    assert (middle == middle[0]).all()
+    np.testing.assert_array_equal(colorize(np.array([-9, 9], np.float32), signed=True), [against, for_])
+
+
 # overlay
+
+
+SIGNED = np.linspace(-1, 1, 255, dtype=np.float32)
+
+
+def on_grey(heat, **options):
+    grey = Image.new("RGB", (heat.size, 1), (128, 128, 128))
+    return np.asarray(overlay(grey, heat[None], evidence="both", **options))[0].astype(float)
+
+
+def test_signed_overlay_is_even_from_zero_and_as_strong_on_either_side():
+    lab = oklab(on_grey(SIGNED))
+    from_zero = np.linalg.norm(lab - lab[127], axis=1)
+    assert from_zero[127] == 0
+    for side in (from_zero[127::-1], from_zero[127:]):
+        assert (np.diff(side[::8]) > 0).all()
+        # A tenth of the strongest is seen: a difference of 0.02 is about the least that is.
+        assert side[13] > 0.02
+    assert from_zero[0] == pytest.approx(from_zero[-1], rel=0.25)
+    lightness = lab[:, 0]
+    np.testing.assert_allclose(lightness, lightness[::-1], atol=0.03)
+
+
+def test_signed_overlay_leaves_a_grey_photo_where_the_map_is_zero():
+    image = photo()
+    grey = np.asarray(image.convert("L")).astype(int)
+    made = np.asarray(overlay(image, np.zeros((30, 40), np.float32), evidence="against")).astype(int)
+    assert np.abs(made - grey[..., None]).max() <= 1
+    np.testing.assert_array_equal(
+        overlay(image, np.ones((30, 40), np.float32), opacity=0, evidence="both"), image
+    )
+
+
+def test_evidence_for_is_drawn_as_any_map_and_the_counterfactual_as_below_zero():
+    heat = np.mgrid[:30, :40][1].astype(np.float32) / 39
+    np.testing.assert_array_equal(overlay(photo(), heat, evidence="for"), overlay(photo(), heat))
+    np.testing.assert_array_equal(
+        overlay(photo(), heat, evidence="counterfactual"), overlay(photo(), -heat, evidence="against")
+    )
 
 
 def photo(width=40, height=30):
@@ -182,6 +235,31 @@ def test_panel_shows_photo_maps_labels_scores_notes_and_a_bar(words):
 
 
 @pytest.mark.parametrize(
+    ("evidence", "ends", "colors"),
+    [
+        (None, ["low", "high"], "blue red"),
+        ("for", ["low", "high"], "blue red"),
+        ("both", ["against", "for"], "blue red"),
+        ("against", ["against", "nothing"], "blue white"),
+        ("counterfactual", ["against", "nothing"], "blue white"),
+    ],
+)
+def test_color_bar_names_what_the_colors_mean(words, evidence, ends, colors):
+    made = np.asarray(panel(Image.new("RGB", (420, 280), "white"), [], evidence=evidence)).astype(int)
+    assert [word for word, _, _ in words] == ends
+    (_, (x, y), end), (_, (last, _), _) = words
+    bar = made[round(y) + 10, round(end) + 12 : round(last) - 12]
+    names = {
+        "blue": lambda c: c[2] > 1.5 * c[0],
+        "red": lambda c: c[0] > 2 * c[2],
+        "white": lambda c: c.min() > 240,
+    }
+    for color, name in zip(bar[[0, -1]], colors.split(), strict=True):
+        assert names[name](color), (name, color)
+    assert x < end < last
+
+
+@pytest.mark.parametrize(
     ("score", "words_for_it"),
     [
         (0.0, "0.0 %"),
@@ -259,6 +337,82 @@ def test_labels_that_the_font_lacks_do_not_crash(words, label, shown):
 
 def test_empty_label_and_title():
     assert panel(photo(), [Column(photo(), "")]).size == panel(photo(), [Column(photo(), "x")]).size
+
+
+# comparison and grid
+
+
+def test_comparison_has_a_row_for_each_method_and_a_column_for_each_class(words):
+    image = Image.new("RGB", (300, 200), (10, 200, 30))
+    cells = [
+        Column(Image.new("RGB", (300, 200), (200, 10, 30)), "tabby", 0.8731, ""),
+        Column(Image.new("RGB", (300, 200), (30, 10, 200)), "lynx", 0.1, "the map is flat"),
+    ]
+    rows = [
+        Row("scorecam", ["at relu", "cost: C"], cells),
+        Row("cam", [], [], "cam needs another head"),
+        Row("fem", ["at relu", "cost: none"], cells),
+    ]
+    pixels = np.asarray(comparison(image, rows, "m.onnx on x.png", "against"))
+    at = {word: xy for word, xy, _ in words}
+    shown = [word for word, _, _ in words]
+    assert shown[0] == "m.onnx on x.png"
+    assert {"against", "nothing", "tabby", "87.3 %", "lynx", "10.0 %"} <= set(shown)
+    assert shown.count("the map is flat") == shown.count("at relu") == 2
+    assert shown.count("tabby") == 1
+    places = {}
+    for color in (10, 200, 30), (200, 10, 30), (30, 10, 200):
+        found = (pixels == color).all(axis=-1)
+        assert found.sum() == 2 * 300 * 200
+        places[color] = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+    for color, label in (((200, 10, 30), "tabby"), ((30, 10, 200), "lynx")):
+        assert places[color][1][0] == at[label][0]
+    photo_rows, photo_columns = places[10, 200, 30]
+    assert photo_columns[0] > at["scorecam"][0] + 220
+    assert (photo_rows == places[200, 10, 30][0]).all()
+    # The names stand beside the tops of their rows; the reason stands in the place of the pictures.
+    assert photo_rows[0] <= at["scorecam"][1] <= photo_rows[0] + 5
+    assert photo_rows[200] <= at["fem"][1] <= photo_rows[200] + 5
+    assert at["cam needs another head"] == (photo_columns[0], at["cam"][1])
+    assert photo_rows[199] < at["cam"][1] < photo_rows[200]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
+def test_comparison_keeps_every_text_on_the_sheet(words, size):
+    long = "a very long text that goes on and on " * 20
+    cells = [Column(Image.new("RGB", size), long, 0.5, long)] * 3
+    rows = [Row(long, [long, long], cells), Row(long, [], [], long)]
+    made = comparison(Image.new("RGB", size), rows, long)
+    for _, (x, y), right in words:
+        assert 32 <= x <= right <= made.width - 32
+        assert 0 < y < made.height - 40
+
+
+def test_grid_draws_each_cell_in_whole_pixels_and_numbers_them(words):
+    cells = np.random.default_rng(0).integers(0, 200, (7, 2, 3, 3), np.uint8)
+    pixels = np.asarray(grid(cells, "seven", "what it means"))
+    shown = [word for word, _, _ in words]
+    assert shown == ["seven", "what it means", "0", "1", "2", "0", "3", "6"]
+    (_, (x, _), _), (_, (_, y), _) = words[2], words[5]
+    for index, cell in enumerate(cells):
+        left, top = x + index % 3 * (32 * 3 + 2), y + index // 3 * (32 * 2 + 2)
+        drawn = pixels[top : top + 64, left : left + 96]
+        np.testing.assert_array_equal(drawn, cell.repeat(32, axis=0).repeat(32, axis=1))
+    assert (pixels[-32:] == 255).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 300), (2048, 7, 7), (64, 112, 112), (5, 1, 900)])
+def test_grid_of_any_shape_holds_all_cells(words, shape):
+    pixels = np.asarray(grid(np.full((*shape, 3), 77, np.uint8), "t", "l"))
+    drawn = (pixels == 77).all(axis=-1).sum()
+    count, height, width = shape
+    factor = round((drawn / (count * height * width)) ** 0.5)
+    assert drawn >= count * height * width * factor**2 >= count * height * width
+    for _, (x, y), right in words:
+        assert 32 <= x <= right <= pixels.shape[1]
+        assert 0 < y < pixels.shape[0] - 20
+    numbers = [(xy[0], right) for word, xy, right in words[2:] if xy[1] == words[2][1][1] and word.isdigit()]
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(numbers))
 
 
 # save_png

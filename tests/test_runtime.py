@@ -91,6 +91,40 @@ def test_options_reach_a_plain_model(small, photo):
         Explainer(small, preprocess=FACTS, layer="cnv")
 
 
+def test_options_of_the_map_reach_a_plain_model(small, photo):
+    options = {"evidence": "against", "smooth": ["eigen"], "compat": "paper"}
+    made = Explainer(small, preprocess=FACTS, layer=["conv", "features"], fuse="product", **options)
+    card = made.card
+    assert (card.layer, card.fuse, card.evidence) == ("conv, features", "product", "against")
+    assert (card.smooth, card.compat) == (("eigen",), None)
+    assert Explainer(small, preprocess=FACTS, layer=["conv"], fuse="max").card.fuse is None
+
+
+def test_evidence_against_is_what_gradcam_leaves_out(small, photo):
+    """gradcam = max(0, all); against = min(0, all); counterfactual = -min(0, all) at this linear head."""
+    maps = {
+        evidence: Explainer(small, preprocess=FACTS, layer="conv", evidence=evidence)(photo, "top4")
+        for evidence in (None, "for", "against", "both", "counterfactual")
+    }
+    cam = {evidence: found.cam for evidence, found in maps.items()}
+    assert (cam["both"] < 0).any()
+    assert (cam["both"] > 0).any()
+    np.testing.assert_array_equal(cam["for"], cam[None])
+    np.testing.assert_array_equal(cam["for"], np.maximum(cam["both"], 0))
+    np.testing.assert_array_equal(cam["against"], np.minimum(cam["both"], 0))
+    np.testing.assert_allclose(cam["counterfactual"], -cam["against"], rtol=1e-4, atol=1e-6)
+    # The heat map of both is as large as the picture's plane, so scaling is all that was done to it.
+    largest = np.abs(cam["both"]).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(maps["both"].heatmap, cam["both"] / largest, rtol=1e-5, atol=1e-6)
+    assert maps["against"].heatmap.max() == 0
+    assert maps["against"].heatmap.min() == -1
+
+
+def test_smoothings_of_an_explained_model_may_be_named_in_any_order(tmp_path):
+    path = explained(tmp_path, options={"smooth": ["eigen", "augmentation"]})
+    assert Explainer(path, smooth=["augmentation", "eigen"]).card.smooth == ("eigen", "augmentation")
+
+
 @pytest.mark.parametrize(
     ("option", "known"), [("layer", "features"), ("method", "gradcam"), ("score", "before")]
 )
@@ -618,11 +652,13 @@ CARD = json.dumps(
         ([[2, 2], [2, 2]], "flat"),
         ([[0, np.nan], [1, 2]], "not finite"),
         ([[0, np.inf], [1, 2]], "not finite"),
+        ([[0, -1], [-2, -3]], "all negative"),
         ([[0, 0], [0, 1e-9]], None),
+        ([[-1, 0], [0, 1e-9]], None),
     ],
 )
 def test_note_says_why_a_map_shows_nothing(cam, note):
-    found = made(cam)
+    found = made(cam, np.zeros((2, 2)) if note else [[0, 0], [0, 1]])
     assert found.note(0) == note
     row = found.to_dict()["explanations"][0]
     assert row["note"] == note
@@ -630,6 +666,53 @@ def test_note_says_why_a_map_shows_nothing(cam, note):
     json.dumps(found.to_dict(), allow_nan=False)
     assert found.overlay().size == found.image.size
     assert found.panel().width > found.image.width
+
+
+@pytest.mark.parametrize(
+    ("evidence", "cam", "note", "remark"),
+    [
+        (None, [[0, 0]], "all zero", "the map is all zero: nothing speaks for the class"),
+        ("for", [[0, 0]], "all zero", "the map is all zero: nothing speaks for the class"),
+        ("against", [[0, 0]], "all zero", "the map is all zero: nothing speaks against the class"),
+        ("counterfactual", [[0, 0]], "all zero", "the map is all zero: nothing speaks against the class"),
+        ("both", [[0, 0]], "all zero", "the map is all zero: nothing speaks for or against the class"),
+        ("both", [[-2, -1]], "all negative", "the map is all negative: nothing speaks for the class"),
+        ("against", [[-2, -1]], None, ""),
+        ("both", [[-1, 1]], None, ""),
+        ("both", [[np.nan, 1]], "not finite", "the map is not finite"),
+    ],
+)
+def test_remark_says_it_for_a_person(evidence, cam, note, remark):
+    found = made(cam, evidence=evidence)
+    assert (found.note(0), found.remark(0)) == (note, remark)
+
+
+def test_evidence_against_has_a_peak_where_it_is_strongest():
+    heat = np.zeros((4, 4))
+    heat[3, 1] = -1
+    heat[0, 0] = 0.5
+    assert made(heat, heat, evidence="both").peak(0) == (15, 17)
+    assert made(np.minimum(heat, 0), np.minimum(heat, 0), evidence="against").peak(0) == (15, 17)
+    all_negative = made(heat - 1, heat - 1, evidence="both")
+    assert all_negative.note(0) == "all negative"
+    assert all_negative.peak(0) == (15, 17)
+
+
+def test_overlay_shows_evidence_against_in_blue_and_for_in_red():
+    heat = np.array([[-1, 0, 0, 1]])
+    for evidence, values in (
+        ("both", heat),
+        ("against", np.minimum(heat, 0)),
+        ("counterfactual", np.maximum(-heat, 0)),
+    ):
+        pixels = np.asarray(made(values, values, evidence=evidence).overlay(0), int)[10]
+        left, middle, right = pixels[0], pixels[20], pixels[39]
+        assert left[2] > 1.5 * left[0], evidence
+        assert np.ptp(middle) <= 1, evidence  # the photo's own grey
+        if evidence == "both":
+            assert right[0] > 1.5 * right[2]
+        else:
+            np.testing.assert_array_equal(right, middle)
 
 
 def test_peak_is_in_pixels_of_the_photo():

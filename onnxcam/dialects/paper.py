@@ -15,13 +15,14 @@ from onnxcam.methods.algebra import Size, resized, unit
 def heatmap(op: Emitter, cam: Value, size: Size, signed: bool = False) -> Value:
     """Resize maps to the picture (bilinear, half-pixel centres) and scale each to [0,1].
 
-    A map that is flat or has a value that is not finite becomes all zeros.
+    A map that is flat, has nothing above zero or has a value that is not finite becomes all zeros.
 
     Args:
         op: where the nodes go.
         cam: float32 [N,K,h,w].
         size: height and width of the picture.
-        signed: divide by the largest absolute value instead, to [-1,1]: zero stays zero.
+        signed: divide by the largest absolute value instead, to [-1,1]: zero stays zero. Then a map of
+            nothing above zero is as good as any.
 
     Returns:
         float32 [N,K,H,W].
@@ -30,8 +31,11 @@ def heatmap(op: Emitter, cam: Value, size: Size, signed: bool = False) -> Value:
     small = op.LessOrEqual(op.Abs(cam), float(np.finfo(np.float32).max) / 2)
     finite = op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3])
     # A flat map is zero before the resizing, whose weights add up to 1 only nearly.
-    varied = op.Greater(op.ReduceMax(cam, [2, 3]), op.ReduceMin(cam, [2, 3]))
-    clean = op.Where(op.And(op.Greater(finite, 0.0), varied), cam, 0.0)
+    high = op.ReduceMax(cam, [2, 3])
+    says = op.Greater(high, op.ReduceMin(cam, [2, 3]))
+    if not signed:
+        says = op.And(says, op.Greater(high, 0.0))
+    clean = op.Where(op.And(op.Greater(finite, 0.0), says), cam, 0.0)
     full = resized(op, clean, size)
     if signed:
         largest = op.ReduceMax(op.Abs(full), [2, 3])

@@ -4,8 +4,8 @@ They exist as ONNX operators only. What a function takes and returns is written 
 """
 
 from onnxcam.methods import activation, attention, cam, perturbation, picture
-from onnxcam.methods.registry import METHODS, Method, method
+from onnxcam.methods.registry import METHODS, Method, method, named
 
-__all__ = ["METHODS", "Method", "method"]
+__all__ = ["METHODS", "Method", "method", "named"]
 
 del activation, attention, cam, perturbation, picture

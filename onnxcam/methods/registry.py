@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
+from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.methods.algebra import summed, total
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Method:
             class.
         at_picture: whether the activation is the picture itself.
         full_size: whether the map and its terms lie on the picture, though the activation does not.
-        target: what of the scores it explains, a key of ``onnxcam.targets.TARGETS``; None: what is asked for.
+        target: what of the scores it explains, a key of ``onnxcam.card.TARGETS``; None: what is asked for.
         rules: name of the gradient rules used, a key of ``onnxcam.vjp.VARIANTS``.
         requires: name of what the model must have, a key of ``onnxcam.layers.REQUIREMENTS``.
         instead: a method that needs none of that, and why it may serve.
@@ -126,6 +127,19 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 """Every method by the name that people type."""
+
+
+def named(name: str) -> Method:
+    """Return the method called `name`, as its paper defines it.
+
+    Raises:
+        OnnxcamError: there is none.
+    """
+    if name not in METHODS:
+        raise OnnxcamError(
+            f"there is no method {name!r}{suggest(name, METHODS)}; methods: {', '.join(METHODS)}"
+        )
+    return METHODS[name]
 
 
 def method(
