@@ -682,7 +682,7 @@ BAD_ATTACH = {
     ),
     "attributions of a map": (
         ["--method", "eigencam", "--emit", "attributions"],
-        "eigencam is no sum over channels, so there are no attributions",
+        "eigencam is not a sum over channels: it has no attributions",
     ),
     "scores": (["--scores", "score"], "no output 'score' .did you mean 'scores'"),
     "size": (["--size", "224x"], "size is '224x'; it must be PIXELS or HEIGHTxWIDTH"),
