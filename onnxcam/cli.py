@@ -22,6 +22,7 @@ from onnxcam.card import (
     LAYOUTS,
     SCORES,
     SMOOTHINGS,
+    TARGETS,
 )
 from onnxcam.errors import OnnxcamError
 
@@ -105,6 +106,30 @@ def _labels(path: Path | None) -> list[str] | None:
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
+def _array(path: Path) -> Any:
+    """Read a .npy file of numbers."""
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise OnnxcamError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise OnnxcamError(f"{path} is not a .npy file of numbers") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise OnnxcamError(f"{path} is not a .npy file of numbers")
+    return array
+
+
+def _mask(path: Path) -> Any:
+    """Read a grey picture as weights from 0 to 1."""
+    import numpy as np
+
+    from onnxcam.image import open_image
+
+    return np.asarray(open_image(path).convert("L"), np.float64) / 255
+
+
 def _or(names: Sequence[str]) -> str:
     """Name alternatives, as in ``a, b or c``."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
@@ -120,6 +145,13 @@ Layers = Annotated[
 ]
 Method = Annotated[
     str | None, typer.Option(help="How the map is made; gradcam if not given. See 'onnxcam methods'.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What is explained: the score of a {TARGETS[0]}, less another's ({TARGETS[1]}), less its "
+        f"nearest ({TARGETS[2]}), or any weighted sum of scores ({TARGETS[3]})."
+    ),
 ]
 Evidence = Annotated[
     str | None,
@@ -206,12 +238,30 @@ def run(
     classes: Classes = None,
     layer: Layers = None,
     method: Method = None,
+    target: Target = None,
     evidence: Evidence = None,
     fuse: Fuse = None,
     smooth: Smooth = None,
     compat: Compat = None,
     score: Score = None,
     scores: Scores = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="The class to compare with; makes the target contrast."),
+    ] = None,
+    seed: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .npy file with the weight of each score; makes the target seed.", readable=False
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="A grey picture of the places to explain, for dense scores: what is white counts.",
+            readable=False,
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.", readable=False)
     ] = Path("onnxcam-out"),
@@ -239,6 +289,7 @@ def run(
         preprocess=_preprocess(size, color, scale, mean, std, resize, interpolation, layout),
         layer=layer,
         method=method,
+        target=target or ("contrast" if against else "seed" if seed else None),
         evidence=evidence,
         fuse=fuse,
         smooth=smooth,
@@ -247,12 +298,17 @@ def run(
         scores=scores,
     )
     wanted = explainer.resolve(classes or -1)
+    given = {
+        **({"against": against} if against else {}),
+        **({"seed": _array(seed)} if seed else {"classes": wanted}),
+        **({"mask": _mask(mask)} if mask else {}),
+    }
     stems = _stems(images)
     failed = 0
     with _Bar(len(images)) as bar:
         for image, stem in zip(images, stems, strict=True):
             try:
-                explanation = explainer(image, wanted)
+                explanation = explainer(image, **given)
             except OnnxcamError as error:
                 if len(images) == 1:
                     raise
@@ -276,6 +332,7 @@ def attach(
     output: Output,
     layer: Layers = None,
     method: Method = None,
+    target: Target = None,
     evidence: Evidence = None,
     fuse: Fuse = None,
     smooth: Smooth = None,
@@ -303,6 +360,7 @@ def attach(
         output,
         layer=layer,
         method=method or "gradcam",
+        target=target,
         evidence=evidence,
         fuse=fuse or "mean",
         smooth=smooth or (),
@@ -328,6 +386,7 @@ def export(
     channels: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 3,
     layer: Layers = None,
     method: Method = None,
+    target: Target = None,
     evidence: Evidence = None,
     fuse: Fuse = None,
     smooth: Smooth = None,
@@ -355,6 +414,7 @@ def export(
         output,
         layer=layer,
         method=method or "gradcam",
+        target=target,
         evidence=evidence,
         fuse=fuse or "mean",
         smooth=smooth or (),

@@ -70,6 +70,7 @@ def export(
     *,
     layer: str | Sequence[str] | None = None,
     method: str = "gradcam",
+    target: str | None = None,
     evidence: str | None = None,
     fuse: str = "mean",
     smooth: Sequence[str] = (),
@@ -96,8 +97,9 @@ def export(
         layer: the activation to explain: the output of a submodule by its path, such as ``layer4`` or
             ``layer4.1.conv2`` (of its last call, if it is called more than once), or any name that `attach`
             takes. None: the last spatial feature map before the head. Or several of these.
-        method: see `attach`, as are evidence, fuse, smooth, compat, emit, class_input, score, labels and
-            preprocess.
+        method: see `attach`, as are target, evidence, fuse, smooth, compat, emit, class_input, score, labels
+            and preprocess.
+        target: what is explained.
         evidence: what of the map is kept.
         fuse: how the maps of several layers are joined.
         smooth: ``augmentation``, ``eigen`` or both.
@@ -132,6 +134,7 @@ def export(
             model,
             layer=None if layer is None else sources,
             method=method,
+            target=target,
             evidence=evidence,
             fuse=fuse,
             smooth=smooth,

@@ -70,6 +70,7 @@ class Explanation:
         model: the model's file name.
         provider: name of the provider that ran it.
         name: the picture's file name, or None if it was given in memory.
+        against: the class that each is compared with, where the target is ``contrast``.
     """
 
     image: Image.Image
@@ -82,6 +83,7 @@ class Explanation:
     model: str
     provider: str
     name: str | None
+    against: Prediction | None = None
 
     def overlay(self, k: int = 0, opacity: float = OPACITY) -> Image.Image:
         """Return the picture with the map of the k-th class over it, at the picture's own size.
@@ -156,6 +158,8 @@ class Explanation:
                     "method": self.card.method,
                     "layer": self.card.layer,
                     "evidence": self.card.evidence,
+                    "target": self.card.target or "class",
+                    "against": self.against and self.against.index,
                     "minimum": _finite(self.cam[k].min()),
                     "maximum": _finite(self.cam[k].max()),
                     "peak": peak and list(peak),
@@ -191,6 +195,7 @@ class Explainer:
         fuse: str | None = None,
         smooth: Sequence[str] | None = None,
         compat: str | None = None,
+        target: str | None = None,
         score: str | None = None,
         scores: str | None = None,
     ) -> None:
@@ -201,7 +206,7 @@ class Explainer:
             provider: ``cpu`` or ``cuda``.
             labels: class names by index, in place of those on the card.
             preprocess: fields of `onnxcam.card.Preprocess`, in place of those on the card.
-            layer, method, evidence, fuse, smooth, compat, score, scores: for a plain model, as in
+            layer, method, evidence, fuse, smooth, compat, target, score, scores: for a plain model, as in
                 `onnxcam.attach`.
 
         Raises:
@@ -218,6 +223,7 @@ class Explainer:
             "fuse": fuse,
             "smooth": smooth,
             "compat": compat,
+            "target": target,
             "score": score,
             "scores": scores,
         }
@@ -242,7 +248,7 @@ class Explainer:
         if card.input.name not in inputs or lacking:
             what = f"output {lacking[0]!r}" if lacking else f"input {card.input.name!r}"
             raise OnnxcamError(f"{self.path} has no {what}; attach again with --emit cam,heatmap")
-        picture, size = inputs[card.input.name], outputs[card.scores].shape[1]
+        picture, shape = inputs[card.input.name], outputs[card.scores].shape
         if picture.type not in _DTYPES:
             raise OnnxcamError(f"{self.path} takes {picture.type}; onnxcam feeds {', '.join(_DTYPES)}")
         self._dtype = _DTYPES[picture.type]
@@ -251,29 +257,59 @@ class Explainer:
         color = self.card.input.color
         if color is not None and isinstance(channels, int) and channels != self.card.input.channels:
             raise OnnxcamError(f"color is {color}, but the model's input has {channels} channels")
-        self._count = size if isinstance(size, int) else len(self.card.labels or ()) or None
+        self.target = card.target or "class"
+        self._seed_shape = list(inputs["cam_seed"].shape[1:]) if "cam_seed" in inputs else None
+        optional = {i.name for i in self._session.get_overridable_initializers()}
+        self._mask_shape = list(shape[2:]) if "cam_mask" in optional | inputs.keys() else None
+        self._count = shape[1] if isinstance(shape[1], int) else len(self.card.labels or ()) or None
         self._check_labels(self._count)
 
     def __call__(
         self,
         image: "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]",
         classes: ClassRequest | Iterable[ClassRequest] = -1,
+        *,
+        against: ClassRequest = -2,
+        seed: "NDArray[np.floating[Any]] | None" = None,
+        mask: "NDArray[Any] | None" = None,
     ) -> Explanation:
         """Explain one picture.
 
         Args:
             image: a file, a Pillow image, or an array uint8 [H,W,3] (RGB) or [H,W] (grey).
-            classes: see `resolve`.
+            classes: see `resolve`. The target ``seed`` has none: what is explained then has index -1.
+            against: the class that each is compared with, where the target is ``contrast``.
+            seed: the weight of each score, of the shape of one picture's scores; needed where the target is
+                ``seed``, and only there.
+            mask: the weight of each place [H,W] of dense scores; all alike by default.
 
         Raises:
-            OnnxcamError: the picture cannot be read, a class does not exist, or the model cannot be run.
+            OnnxcamError: the picture cannot be read, a class does not exist or is compared with itself, what
+                is given does not fit the target or the scores, or the model cannot be run.
         """
+        self._check_given(classes, against, seed, mask)
         wanted = self.resolve(classes)
+        (other,) = self.resolve(against) if self.target == "contrast" else (None,)
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
         picture = as_picture(image)
         x, viewport = prepare(picture, self.card.input)
-        scores, cam, heatmap = self._run(x.astype(self._dtype), np.array([wanted], np.int64))
-        flat = scores[0].reshape(-1).astype(np.float64)
+        feeds: dict[str, NDArray[Any]] = {
+            self.card.input.name: np.repeat(x.astype(self._dtype), self._rows, axis=0)
+        }
+        if seed is None:
+            feeds["cam_class"] = np.array([wanted], np.int64)
+        else:
+            feeds["cam_seed"] = np.repeat(np.asarray(seed, self._dtype)[None], self._rows, axis=0)
+        if other is not None:
+            feeds["cam_against"] = np.array([[other]], np.int64)
+        if self._mask_shape is not None:
+            feeds["cam_mask"] = (
+                np.ones((1, 1, 1), self._dtype) if mask is None else mask[None].astype(self._dtype)
+            )
+        scores, cam, heatmap = run(self._session, [self.card.scores, "cam", "cam_heatmap"], feeds, self.path)
+        if seed is not None:
+            return self._of_a_seed(picture, viewport, scores[0], seed, cam, heatmap, name)
+        flat = _of_classes(scores[0].astype(np.float64), mask)
         self._check_range(wanted, flat.size)
         self._check_labels(flat.size)
         order = np.argsort(-flat, kind="stable")
@@ -285,6 +321,11 @@ class Explainer:
             )
         resolved = [int(order[-1 - c]) if c < 0 else c for c in wanted]
         once = [k for k, index in enumerate(resolved) if resolved.index(index) == k]
+        rival = None
+        if other is not None:
+            rival = self._prediction(int(order[-1 - other]) if other < 0 else other, shown)
+            if rival.index in resolved:
+                raise OnnxcamError(f"class {rival.label!r} is compared with itself; choose another --against")
         return Explanation(
             image=picture,
             viewport=viewport,
@@ -296,11 +337,48 @@ class Explainer:
             model=os.fspath(self.path),
             provider=self.provider,
             name=name,
+            against=rival,
         )
 
-    def _run(self, x: NDArray[Any], classes: NDArray[np.int64]) -> list[NDArray[Any]]:
-        feeds = {self.card.input.name: np.repeat(x, self._rows, axis=0), "cam_class": classes}
-        return run(self._session, [self.card.scores, "cam", "cam_heatmap"], feeds, self.path)
+    def _of_a_seed(
+        self,
+        picture: Image.Image,
+        viewport: Viewport,
+        scores: NDArray[Any],
+        seed: "NDArray[np.floating[Any]]",
+        cam: Floats,
+        heatmap: Floats,
+        name: str | None,
+    ) -> Explanation:
+        return Explanation(
+            image=picture,
+            viewport=viewport,
+            predictions=(),
+            classes=(Prediction(-1, "weighted sum of scores", float((scores * seed).sum())),),
+            cam=cam[0],
+            heatmap=heatmap[0],
+            card=self.card,
+            model=os.fspath(self.path),
+            provider=self.provider,
+            name=name,
+        )
+
+    def _check_given(
+        self, classes: Any, against: ClassRequest, seed: "NDArray[Any] | None", mask: "NDArray[Any] | None"
+    ) -> None:
+        """See that what is given fits the target and the scores."""
+        if seed is None and self.target == "seed":
+            raise OnnxcamError(f"{self.path} explains the target seed: the weight of each score is needed")
+        if seed is not None and self.target != "seed":
+            raise OnnxcamError(f"{self.path} explains the target {self.target}, which takes no seed")
+        if seed is not None and classes not in (-1, [-1]):
+            raise OnnxcamError(f"{self.path} explains the target seed, a sum over all classes; give none")
+        _check_shape("seed", seed, self._seed_shape, "the scores of one picture are")
+        _check_shape("mask", mask, self._mask_shape, "the places that have scores are")
+        if against != -2 and self.target != "contrast":
+            raise OnnxcamError(f"{self.path} explains the target {self.target}, which compares no classes")
+        if mask is not None and self._mask_shape is None:
+            raise OnnxcamError(f"{self.path} has no dense scores to put a mask over")
 
     def resolve(self, classes: ClassRequest | Iterable[ClassRequest]) -> list[int]:
         """Turn what a person asks for into class indices or ranks.
@@ -488,6 +566,25 @@ def run(
     return result
 
 
+def _of_classes(scores: NDArray[np.float64], mask: "NDArray[Any] | None") -> NDArray[np.float64]:
+    """Return one score for each class: dense ones [M,H,W] are averaged over the mask."""
+    if scores.ndim < 3 or scores.shape[1:] == (1, 1):
+        return scores.reshape(-1)
+    weight = np.ones(scores.shape[1:]) if mask is None else np.asarray(mask, np.float64)
+    averages: NDArray[np.float64] = (scores * weight).sum((1, 2)) / (weight.sum() or 1.0)
+    return averages
+
+
+def _check_shape(what: str, given: "NDArray[Any] | None", known: Sequence[Any] | None, are: str) -> None:
+    """See that an array has the sizes of the graph, as far as that says any."""
+    if given is None or known is None:
+        return
+    fits = len(given.shape) == len(known)
+    if not fits or any(isinstance(k, int) and k != g for k, g in zip(known, given.shape, strict=True)):
+        has, wants = (",".join(map(str, shape)) for shape in (given.shape, known))
+        raise OnnxcamError(f"the {what} is [{has}], but {are} [{wants}]")
+
+
 def _replaced(preprocess: Preprocess, given: dict[str, Any]) -> Preprocess:
     for name in ("height", "width", "layout"):
         known = getattr(preprocess, name)
@@ -513,6 +610,8 @@ def _check_asked(path: Path, card: Card, options: Mapping[str, Any]) -> None:
             value, known = (", ".join(sorted(names)) for names in (value, known or ()))
         elif name == "compat":
             known = known or "paper"
+        elif name == "target":
+            known = known or "class"
         if known != value and not (name == "layer" and value == card.module):
             how = f"with {name} {known!r} instead of {value!r}" if known else f"without {name} {value!r}"
             raise OnnxcamError(
