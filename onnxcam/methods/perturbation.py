@@ -115,7 +115,7 @@ def smooth_gradcam_plus_plus(op: Emitter, a: Value, probe: "Probe") -> Value:
     squared = op.Mul(g, g)
     d1, d2, d3 = (op.ReduceMean(power, [0], keepdims=0) for power in (g, squared, op.Mul(squared, g)))
     denominator = op.Add(op.Mul(d2, 2.0), op.Mul(op.ReduceSum(a, PLANE, keepdims=1), d3))
-    share = op.Where(op.Greater(d2, 0.0), op.Div(op.Mul(d2, op.Relu(d1)), denominator), 0.0)
+    share = op.Div(op.Mul(d2, op.Relu(d1)), op.Where(op.Equal(d2, 0.0), 1.0, denominator))
     return op.ReduceSum(share, PLANE, keepdims=0)
 
 

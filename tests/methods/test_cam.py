@@ -1,95 +1,115 @@
-"""Every method against numbers worked by hand on two channels of 2x2, and against the sum it stands for."""
+"""Maps worked by hand on two channels of 2x2, and what methods have in common on a linear head."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
+import torch
 
-from onnxcam.emit import Emitter
 from onnxcam.methods import METHODS
-from tests.checks import reference
+from tests.graphs import build, explained, run
+from tests.methods.nets import CLASSES, HEAD, LAYER, Net, model, pictures
 
-A = np.array([[[[1, 2], [3, 4]], [[0, 1], [-1, 2]]]], np.float64)  # [N=1, C=2, 2, 2]
-DA = np.array([[[[[1, 0], [-1, 2]], [[2, -2], [0, 4]]]]], np.float64)  # [N=1, K=1, C=2, 2, 2]
+# The scores are S(g A): the gradient of the first class is DA, wherever.
+SUMS = """(double[N,2,2,2] x) => (double[N,3] scores) <double[8,3] g>
+{ f = Flatten(x) scores = MatMul(f, g) }"""
+A = np.array([[[1, 2], [3, 4]], [[0, 1], [-1, 2]]], np.float64)
+DA = np.array([[[1, 0], [-1, 2]], [[2, -2], [0, 4]]], np.float64)
 
+# S(A) = 10, 2. w_0 = 1/(2+10) + 2/(2+20) = 23/132, w_1 = 2/(2+4) + 4/(2+8) = 11/15
+PLUS_PLUS = [[23 / 132, 2 * 23 / 132 + 11 / 15], [0.0, 4 * 23 / 132 + 2 * 11 / 15]]
+# g_0 A_0 + g_1 A_1 = [[1, 0], [-3, 8]] + [[0, -2], [0, 8]]
+PRODUCT = [[1.0, -2.0], [-3.0, 16.0]]
 BY_HAND = {
     # <g> = 2/4, 4/4: 0.5 A_0 + 1 A_1
     "gradcam": [[0.5, 2.0], [0.5, 4.0]],
-    # S(g) = 2, 4
-    "cam": [[2.0, 8.0], [2.0, 16.0]],
-    # g_0 A_0 + g_1 A_1 = [[1, 0], [-3, 8]] + [[0, -2], [0, 8]], then ReLU
+    "gradcam++": PLUS_PLUS,
+    "smoothgradcam++": PLUS_PLUS,  # the same gradient at every noisy picture
+    # S(g A) / S(A) = 6/10, 6/2; 1.8 - 3 at the third position
+    "xgradcam": [[0.6, 4.2], [0.0, 8.4]],
     "hirescam": [[1.0, 0.0], [0.0, 16.0]],
-    # S(A) = 10, 2. w_0 = 1/(2+10) + 2/(2+20) = 23/132, w_1 = 2/(2+4) + 4/(2+8) = 11/15
-    "gradcam++": [
-        [23 / 132, 2 * 23 / 132 + 11 / 15],
-        [0.0, 4 * 23 / 132 + 2 * 11 / 15],
-    ],
+    # relu of [[1, 0], [-3, 8]] and of [[0, -2], [0, 8]]
+    "elementwise": [[1.0, 0.0], [0.0, 16.0]],
+    # relu(g) = [[1, 0], [0, 2]], [[2, 0], [0, 4]]
+    "layercam": [[1.0, 0.0], [0.0, 16.0]],
+    "shapleycam": [[0.5, 2.0], [0.5, 4.0]],  # no second derivative
+    # y = 12, without a channel 6: (A_0 + A_1) / 2
+    "ablationcam": [[0.5, 1.5], [1.0, 3.0]],
+    "reciprocam": PRODUCT,
+    "saliency": [[2.0, 2.0], [1.0, 4.0]],
+    "smoothgrad": [[2.0, 2.0], [1.0, 4.0]],
+    "inputxgradient": PRODUCT,
+    "integratedgradients": PRODUCT,
+    # |g x| / 8, the two channels added; no biases
+    "fullgrad": [[1 / 8, 2 / 8], [3 / 8, 16 / 8]],
 }
 
 
-def run(name, a, da):
-    """Compute a map [N,K,h,w] from a [N,C,h,w] and da [N,K,C,h,w] through onnx.reference."""
-    values = [
-        ir.Value(name="a", shape=ir.Shape(["N", 1, *a.shape[1:]]), type=ir.TensorType(ir.DataType.DOUBLE)),
-        ir.Value(
-            name="da", shape=ir.Shape(["N", "K", *da.shape[2:]]), type=ir.TensorType(ir.DataType.DOUBLE)
-        ),
-    ]
-    graph = ir.Graph(values, [], nodes=[], name="method", opset_imports={"": 18})
-    op = Emitter(graph, 18, "test")
-    graph.outputs.append(METHODS[name].function(op, *values))
-    model = ir.to_proto(ir.Model(graph, ir_version=10))
-    return reference(model).run(None, {"a": a[:, None], "da": da})[0]
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(name):
-    expected = np.array(BY_HAND[name])
-    if name == "gradcam++":
-        expected[1, 0] = max(3 * 23 / 132 - 11 / 15, 0)
-    np.testing.assert_allclose(run(name, A, DA)[0, 0], expected, rtol=1e-12)
+    g = np.random.default_rng(0).standard_normal((8, 3))
+    g[:, 0] = DA.reshape(-1)
+    # The second picture is the first times 3: the first must not notice.
+    x = np.stack([A, 3 * A])
+    layer = {} if METHODS[name].at_picture else {"layer": "x"}
+    added = explained(build(SUMS, g=g), method=name, emit=("cam",), **layer)
+    got = run(added, {"x": x, "cam_class": np.array([[2, 0]])}, by="ref")["cam"]
+    np.testing.assert_allclose(got[0, 1], BY_HAND[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_images_and_classes_do_not_mix(name):
-    rng = np.random.default_rng(0)
-    a, da = rng.standard_normal((3, 4, 5, 6)), rng.standard_normal((3, 2, 4, 5, 6))
-    together = run(name, a, da)
-    assert together.shape == (3, 2, 5, 6)
-    for n in range(3):
-        for k in range(2):
-            alone = run(name, a[n : n + 1], da[n : n + 1, k : k + 1])
-            np.testing.assert_allclose(together[n, k], alone[0, 0], rtol=1e-12, atol=1e-12)
-
-
-def test_gradcam_plus_plus_is_the_papers_quotient():
-    """alpha = g^2 / (2 g^2 + S(A) g^3) as it is printed, in float64, where no denominator is zero."""
-    rng = np.random.default_rng(1)
-    a, g = rng.random((1, 3, 4, 4)), rng.standard_normal((1, 1, 3, 4, 4))
-    total = a.sum((2, 3), keepdims=True)[:, None]
-    alpha = g**2 / (2 * g**2 + total * g**3)
-    weights = (alpha * np.maximum(g, 0)).sum((3, 4))
-    expected = np.maximum((weights[..., None, None] * a[:, None]).sum(2), 0)
-    np.testing.assert_allclose(run("gradcam++", a, g), expected, rtol=1e-10)
+def test_docstring_gives_the_equation_and_the_year(name):
+    assert any(str(year) in METHODS[name].summary for year in range(2013, 2027))
+    assert METHODS[name].cost
 
 
 def test_gradcam_plus_plus_of_a_zero_gradient_is_zero():
-    assert not run("gradcam++", A, np.zeros_like(DA)).any()
+    added = explained(build(SUMS, g=np.zeros((8, 3))), method="gradcam++", layer="x", emit=("cam",))
+    assert not run(added, {"x": A[None]}, by="ref")["cam"].any()
 
 
-def test_methods_agree_where_the_gradient_is_the_same_everywhere_in_a_plane():
-    """On a GAP + Linear head Grad-CAM = HiResCAM = ReLU(CAM) / hw."""
-    rng = np.random.default_rng(2)
-    a = rng.standard_normal((2, 3, 4, 5))
-    da = np.broadcast_to(rng.standard_normal((2, 2, 3, 1, 1)), (2, 2, 3, 4, 5))
-    gradcam = run("gradcam", a, da)
-    np.testing.assert_allclose(run("hirescam", a, da), gradcam, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(np.maximum(run("cam", a, da), 0) / 20, gradcam, rtol=1e-9, atol=1e-12)
+def all_classes(name):
+    """The maps of all four classes of three pictures by HEAD, with the activations, in float64."""
+    added = explained(model(HEAD), method=name, layer=LAYER, emit=("cam", "activations"))
+    return added, run(added, {"x": pictures(), "cam_class": np.array([[0, 1, 2, 3]])}, by="ref")
 
 
-def test_every_method_has_a_value_test():
-    assert BY_HAND.keys() == METHODS.keys()
+def test_on_a_linear_head_the_maps_are_one_product_of_its_weights_and_the_activation():
+    added, got = all_classes("cam")
+    fc = Net(model(HEAD)).w["fc"].numpy()
+    wanted = np.einsum("kc,nchw->nkhw", fc, got["cam_activations"])
+    np.testing.assert_allclose(got["cam"], wanted, rtol=1e-6, atol=1e-7)
+    operators = [node.op_type for node in added.graph.node]
+    assert "Scan" not in operators
+    # One product in the map for all classes; the reverse walk is a row of the weights.
+    assert sum(n.op_type == "MatMul" and n.name.startswith("cam/cam/") for n in added.graph.node) == 1
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_docstring_gives_the_equation_and_the_paper(name):
-    assert any(str(year) in METHODS[name].summary for year in range(2014, 2027))
+@pytest.mark.parametrize("name", ["gradcam", "hirescam", "xgradcam", "shapleycam"])
+def test_on_a_linear_head_these_are_cam(name):
+    """Grad-CAM = HiResCAM = XGrad-CAM = ReLU(CAM) / hw."""
+    got, plain = all_classes(name)[1]["cam"], all_classes("cam")[1]["cam"]
+    np.testing.assert_allclose(got, np.maximum(plain, 0) / 12, rtol=1e-6, atol=1e-7)
+
+
+def test_on_a_linear_head_ablationcam_has_a_closed_form():
+    """y - y_k = W_ck <A_k>."""
+    _, got = all_classes("ablationcam")
+    a, net = got["cam_activations"], Net(model(HEAD))
+    fc, y = net.w["fc"].numpy(), net.y(torch.tensor(pictures())).numpy()
+    w = fc[None] * a.mean((2, 3))[:, None] / y[:, :, None]
+    wanted = np.maximum(np.einsum("nkc,nchw->nkhw", w, a), 0)
+    np.testing.assert_allclose(got["cam"], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_classes_of_one_run_are_those_of_single_runs():
+    """All classes' maps on a linear head, and in a loop, against one class at a time."""
+    for text in (HEAD, None):
+        proto = model(text, "float") if text else model(dtype="float")
+        added = explained(proto, layer=LAYER, emit=("cam",))
+        x = pictures(dtype=np.float32)
+        together = run(added, {"x": x, "cam_class": CLASSES})["cam"]
+        for n in range(3):
+            for k in range(2):
+                feeds = {"x": x[n : n + 1], "cam_class": CLASSES[n : n + 1, k : k + 1]}
+                np.testing.assert_allclose(
+                    together[n, k], run(added, feeds)["cam"][0, 0], rtol=2e-5, atol=1e-6
+                )
