@@ -107,6 +107,8 @@ def gradient(
             for value, dx in zip(node.inputs, leaving, strict=True):
                 if value is None or dx is None or value not in active:
                     continue
+                if dx.shape is None:
+                    dx.shape = value.shape  # ONNX infers none where the size is computed
                 before = gradients.get(value)
                 gradients[value] = dx if before is None else op.Add(before, dx)
     return gradients.get(source)
