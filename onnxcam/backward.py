@@ -120,6 +120,8 @@ def gradients(
             for value, dx in zip(node.inputs, leaving, strict=True):
                 if value is None or dx is None or value not in active:
                     continue
+                if dx.shape is None:
+                    dx.shape = value.shape  # ONNX infers none where the size is computed
                 before = found.get(value)
                 found[value] = dx if before is None else op.Add(before, dx)
     return [found.get(source) for source in sources]

@@ -101,14 +101,15 @@ def grids(
         height, width: of the picture, where they are known.
     """
     orders = _orders(nodes)
+    joins = list(_joins(nodes))
     found: dict[Value, Grid] = {}
-    planes: list[tuple[int, int]] = []
+    planes: dict[tuple[int, int], None] = {}  # each once, in the order they were last seen
     for value in (value for node in nodes for value in node.outputs):
         order = orders.get(value)
         if order is None or dims(value)[0] != dims(picture)[0]:
             continue
         if order == TOKENS:
-            grid = _grid_of_tokens(value, nodes, planes, height, width)
+            grid = _grid_of_tokens(value, joins, planes, height, width)
         else:
             at = 2 if order == PLANES else 1
             grid = Grid(order, dims(value)[at], dims(value)[at + 1])
@@ -116,7 +117,8 @@ def grids(
             continue
         found[value] = grid
         if isinstance(grid.height, int) and isinstance(grid.width, int):
-            planes.append((grid.height, grid.width))
+            planes.pop((grid.height, grid.width), None)
+            planes[grid.height, grid.width] = None
     return found
 
 
@@ -239,8 +241,8 @@ def _works_on_last_axis(node: ir.Node) -> bool:
 
 def _grid_of_tokens(
     value: Value,
-    nodes: Sequence[ir.Node],
-    planes: Sequence[tuple[int, int]],
+    joins: Sequence[list[int | str | None]],
+    planes: Iterable[tuple[int, int]],
     height: int | None,
     width: int | None,
 ) -> Grid | None:
@@ -257,16 +259,22 @@ def _grid_of_tokens(
     if not fitting or min(fitting)[0] > _MOST_EXTRA_TOKENS:
         return None
     extra, _, h, w = min(fitting)
-    return Grid(TOKENS, h, w, _first_token(nodes, tokens, h * w) if extra else 0)
+    return Grid(TOKENS, h, w, _first_token(joins, tokens, h * w) if extra else 0)
 
 
-def _first_token(nodes: Sequence[ir.Node], tokens: int, plane: int) -> int:
-    """Find where the plane's tokens begin in the Concat that put the others beside them; else last."""
+def _joins(nodes: Iterable[ir.Node]) -> Iterator[list[int | str | None]]:
+    """Yield the numbers of tokens that each Concat of tokens [N,T,C] puts beside each other."""
     for node in nodes:
         if node.op_type != "Concat" or node.outputs[0].shape is None or len(dims(node.outputs[0])) != 3:
             continue
-        sizes = [dims(v)[1] if v is not None and v.shape is not None else None for v in node.inputs]
-        if node.attributes["axis"].as_int() in (1, -2) and plane in sizes and _total(sizes) == tokens:
+        if node.attributes["axis"].as_int() in (1, -2):
+            yield [dims(v)[1] if v is not None and v.shape is not None else None for v in node.inputs]
+
+
+def _first_token(joins: Iterable[list[int | str | None]], tokens: int, plane: int) -> int:
+    """Find where the plane's tokens begin where the others were put beside them; else they come last."""
+    for sizes in joins:
+        if plane in sizes and _total(sizes) == tokens:
             before = sizes[: sizes.index(plane)]
             return sum(size for size in before if isinstance(size, int))
     return tokens - plane

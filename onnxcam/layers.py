@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -178,17 +178,25 @@ def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
     Raises:
         OnnxcamError: there is no such activation.
     """
-    through = set(bottlenecks(path(logits, source), logits))
+    nodes = path(logits, source)
+    through, weighted = set(bottlenecks(nodes, logits)), _before_weights(nodes)
     for layer in reversed(layers):
         on_trunk = layer.grid.order == PLANES or layer.value in through or layer.operator in NORMALISATIONS
-        if not on_trunk or layer.unreached:
-            continue
-        if any(_is_weighted(node) for node in path(logits, layer.value)):
+        if on_trunk and not layer.unreached and layer.value in weighted:
             return layer
     raise OnnxcamError(
         "the model has no feature map with more than one position before its scores; "
         "name a layer with --layer"
     )
+
+
+def _before_weights(nodes: Sequence[ir.Node]) -> set[ir.Value]:
+    """Return the values that a weighted operator follows, at once or later."""
+    found: set[ir.Value] = set()
+    for node in reversed(nodes):
+        if _is_weighted(node) or not found.isdisjoint(node.outputs):
+            found.update(value for value in node.inputs if value is not None)
+    return found
 
 
 def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Layer:

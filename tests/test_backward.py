@@ -87,6 +87,15 @@ def test_the_source_may_be_inside_the_graph_and_in_the_middle_of_a_node():
     np.testing.assert_allclose(found, 2 * X[:, 1:] * SEED[:, 1:], rtol=1e-12)
 
 
+def test_a_gradient_of_which_onnx_infers_no_rank_has_that_of_its_value():
+    """Of CenterCropPad to a size that is computed, as that of c is here."""
+    text = """(T[3,3] x) => (T[5,3] y) <bool[3] kept = {1, 0, 1}, int64[1] five = {5}>
+    { c = Compress<axis=0>(x, kept) y = CenterCropPad<axes=[0]>(c, five) }"""
+    seed = RNG.standard_normal((5, 3))
+    found = evaluate(text, {"x": RNG.standard_normal((3, 3)), "seed": seed}, "x")
+    np.testing.assert_array_equal(found, [seed[1], np.zeros(3), seed[2]])
+
+
 def test_the_output_itself():
     found = evaluate("(T[N,3] x) => (T[N,3] y) { y = Exp(x) }", {"x": X, "seed": SEED}, "y")
     np.testing.assert_array_equal(found, SEED)
