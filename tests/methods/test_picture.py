@@ -12,7 +12,7 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
 from onnxcam.probe import Probe
-from onnxcam.seed import class_seeds
+from onnxcam.targets import add_seeds
 from tests.checks import reference
 from tests.graphs import build, explained, run
 from tests.methods.nets import CLASSES, Net, model, pictures
@@ -63,9 +63,7 @@ def test_input_times_gradient_and_all_biases_times_theirs_add_up_to_the_score():
     own = onnxfile.normalise(ir.from_proto(with_biases()))
     op = Emitter(own.graph, 18, "test")
     x, scores = layers.picture(own), layers.scores(own).output
-    asked = ir.Value(name="asked", shape=ir.Shape(["N", "K"]), type=ir.TensorType(ir.DataType.INT64))
-    own.graph.inputs.append(asked)
-    seeds = class_seeds(op, scores, scores, asked)
+    seeds = add_seeds(op, "class", scores, scores, optional=False)
     probe = Probe(op, x, Grid("NCHW", 6, 6), x, Grid("NCHW", 6, 6), scores, seeds)
     found = probe.biases()
     assert [grid is None for _, _, grid in found] == [name in ("g", "scores") for name in ADDING]
@@ -83,7 +81,7 @@ def test_input_times_gradient_and_all_biases_times_theirs_add_up_to_the_score():
         result.name = f"part{i}"
         own.graph.outputs.append(result)
     picture = np.random.default_rng(3).standard_normal((3, 2, 6, 6))
-    y, *parts = reference(ir.to_proto(own)).run(None, {"x": picture, "asked": CLASSES})
+    y, *parts = reference(ir.to_proto(own)).run(None, {"x": picture, "cam_class": CLASSES})
     assert all(np.abs(part).max() > 1e-3 for part in parts), "every bias has a part in it"
     np.testing.assert_allclose(sum(parts), np.take_along_axis(y, CLASSES, 1), rtol=1e-12, atol=1e-13)
 

@@ -48,6 +48,15 @@ def layercam(net, x, k):
     return F.relu((F.relu(g) * a).sum(0))
 
 
+def finercam(net, x, k):
+    """There are four classes, so the rivals are all the others."""
+    a = net.a(x)[0].detach().requires_grad_()
+    scores = net.tail(a[None])[0]
+    others = [m for m in range(len(scores)) if m != k]
+    (g,) = torch.autograd.grad(scores[k] - scores[others].mean(), a)
+    return weighed(g.mean((1, 2), keepdim=True), a.detach())
+
+
 def shapleycam(net, x, k):
     a, g = net.da(x, k)
     _, ha = torch.autograd.functional.hvp(lambda a: net.tail(a[None])[0, k], a, a)
@@ -233,6 +242,7 @@ def fullgrad(net, x, k):
 EXPECTED = {
     "cam": cam,
     "gradcam": gradcam,
+    "finercam": finercam,
     "gradcam++": gradcam_plus_plus,
     "xgradcam": xgradcam,
     "hirescam": hirescam,
