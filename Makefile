@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -18,6 +18,10 @@ check: .venv-test/ready
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy
+
+# The pages that are printed by the program.
+docs: .venv-test/ready
+	.venv-test/bin/python docs/cli.py > docs/cli.md
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -102,8 +102,6 @@ def attach(
     request = Request(dialect.method(method), dialect, evidence, fuse, tuple(smooth))
     if evidence is not None:
         _one_of("evidence", evidence, EVIDENCE)
-    if layer is not None and not layer:
-        raise OnnxcamError("the layer is empty; leave it out for the default")
     _one_of("fuse", fuse, FUSIONS)
     for name in smooth:
         _one_of("smoothing", name, SMOOTHINGS)
@@ -201,6 +199,8 @@ def _sources(
     if names is None:
         return [layers.default(layers.explainable(picture, logits), picture, logits)]
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if not wanted:
+        raise OnnxcamError("no layer is given; leave it out for the default")
     return [layers.find(model, name, picture, logits) for name in wanted]
 
 

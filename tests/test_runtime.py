@@ -98,6 +98,7 @@ def test_options_of_the_map_reach_a_plain_model(small, photo):
     assert (card.layer, card.fuse, card.evidence) == ("conv, features", "product", "against")
     assert (card.smooth, card.compat) == (("eigen",), None)
     assert Explainer(small, preprocess=FACTS, layer=["conv"], fuse="max").card.fuse is None
+    refused("no layer is given; leave it out for the default", Explainer, small, preprocess=FACTS, layer=[])
 
 
 def test_evidence_against_is_what_gradcam_leaves_out(small, photo):
