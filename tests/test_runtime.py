@@ -716,6 +716,26 @@ def test_overlay_shows_evidence_against_in_blue_and_for_in_red():
             np.testing.assert_array_equal(right, middle)
 
 
+@pytest.mark.parametrize(
+    ("evidence", "start"),
+    [
+        (None, "gradcam at relu"),
+        ("for", "For the class: gradcam"),
+        ("against", "Against the class: gradcam"),
+        ("both", "For and against the class: gradcam"),
+        ("counterfactual", "Counterfactual, against the class: gradcam"),
+    ],
+)
+def test_panel_says_which_evidence_it_shows(monkeypatch, evidence, start):
+    seen = []
+    monkeypatch.setattr(onnxcam.runtime, "panel", lambda *given: seen.append(given))
+    made([[0, 0]], evidence=evidence).panel()
+    ((_, (column,), title, shown),) = seen
+    assert title.startswith(start)
+    assert shown == evidence
+    assert column.note.startswith("the map is all zero: nothing speaks")
+
+
 def test_peak_is_in_pixels_of_the_photo():
     heat = np.zeros((4, 4))
     heat[3, 1] = 1
