@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check parity clean
+.PHONY: demo test check docs parity clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -22,6 +22,10 @@ check: .venv-test/ready
 # How far the maps are from those of pytorch-grad-cam, torch-cam and captum; writes docs/parity.md.
 parity: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.parity
+
+# The pages that are printed by the program.
+docs: .venv-test/ready
+	.venv-test/bin/python docs/cli.py > docs/cli.md
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -120,8 +120,6 @@ def attach(
     request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     target = _target(made, target)
     score = dialect.scored(score)
-    if layer is not None and not layer:
-        raise OnnxcamError("the layer is empty; leave it out for the default")
     _one_of("class input", class_input, CLASS_INPUTS)
     for name in emit:
         _one_of("output", name, EMITS)
@@ -219,6 +217,8 @@ def _sources(
         default = layers.REQUIREMENTS[method.requires].default if method.requires else layers.default
         return [default(layers.explainable(picture, logits), picture, logits)]
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if not wanted:
+        raise OnnxcamError("no layer is given; leave it out for the default")
     return [layers.find(model, name, picture, logits) for name in wanted]
 
 

@@ -50,7 +50,7 @@ class Comparison:
             facts = [f"at {found.card.module or found.card.layer}", f"cost: {METHODS[name].cost}"]
             rows.append(Row(name, facts, columns))
         evidence = found.card.evidence
-        return comparison(photo, rows, f"{self.title}{SHOWS[evidence]}", evidence)
+        return comparison(photo, rows, f"{SHOWS[evidence]}{self.title}", evidence)
 
 
 def compare(

@@ -26,12 +26,12 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 SHOWS = {
     None: "",
-    "for": ": what speaks for the class",
-    "against": ": what speaks against the class",
-    "both": ": what speaks for and against the class",
-    "counterfactual": ": counterfactual, what speaks against the class",
+    "for": "For the class: ",
+    "against": "Against the class: ",
+    "both": "For and against the class: ",
+    "counterfactual": "Counterfactual, against the class: ",
 }
-"""What the maps show, by the card's evidence."""
+"""What the maps show, by the card's evidence: the start of a title, so that no narrow picture cuts it off."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -100,7 +100,7 @@ class Explanation:
     def panel(self, opacity: float = OPACITY) -> Image.Image:
         """Return one picture of the photo and, for each class, the map over it, label and score."""
         photo, columns = self.columns(PANEL, opacity)
-        return panel(photo, columns, f"{self.card.title}{SHOWS[self.card.evidence]}", self.card.evidence)
+        return panel(photo, columns, f"{SHOWS[self.card.evidence]}{self.card.title}", self.card.evidence)
 
     def columns(self, size: tuple[int, int], opacity: float = OPACITY) -> tuple[Image.Image, list[Column]]:
         """Return the photo and its overlays, no larger than `size`, with what stands beneath each."""

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import signal
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 import onnxcam.cli
 import onnxcam.render
 from onnxcam import __version__
+from onnxcam.card import CLASS_INPUTS, EMITS, EVIDENCE, FUSIONS, SCORES, SMOOTHINGS
 from onnxcam.dialects import DIALECTS
 from onnxcam.methods import METHODS
 from tests.small import FLAGS, classifier, floats, saved
@@ -779,7 +781,8 @@ def test_explained_model_is_not_attached_again(call, small_explained, tmp_path):
 
 
 def test_opacity_is_that_of_the_pictures():
-    assert inspect.signature(onnxcam.cli.run).parameters["opacity"].default == onnxcam.render.OPACITY
+    for command in (onnxcam.cli.run, onnxcam.cli.compare):
+        assert inspect.signature(command).parameters["opacity"].default == onnxcam.render.OPACITY
 
 
 # Places that cannot be written to
@@ -844,6 +847,15 @@ def test_too_little_memory_is_one_line(call, small_explained, photo, tmp_path, m
 
 
 # Use
+
+
+def test_the_documentation_holds_the_help():
+    """Made by: make docs."""
+    page = runpy.run_path(str(ROOT / "docs" / "cli.py"))["page"]()
+    assert (ROOT / "docs" / "cli.md").read_text() == page + "\n"
+    assert re.findall(r"^## onnxcam (.*)$", page, re.MULTILINE) == list(COMMANDS)
+    for names in (EMITS, EVIDENCE, FUSIONS, SMOOTHINGS, SCORES, CLASS_INPUTS):
+        assert all(name in page for name in names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,7 +30,7 @@ def test_each_row_is_what_the_method_alone_gives(small, photo):
 def test_the_sheet_shows_the_overlays_of_each(small, photo, monkeypatch):
     found = compare(small, photo, ["gradcam", "eigencam"], [0, 1], preprocess=FACTS, evidence="against")
     shown = drawn(monkeypatch, found, 0.9)
-    assert shown[2:] == ("model.onnx on photo.png: what speaks against the class", "against")
+    assert shown[2:] == ("Against the class: model.onnx on photo.png", "against")
     np.testing.assert_array_equal(shown[0], found.explanations["gradcam"].image)
     for row in shown[1]:
         alone = found.explanations[row.name]

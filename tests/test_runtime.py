@@ -98,6 +98,7 @@ def test_options_of_the_map_reach_a_plain_model(small, photo):
     assert (card.layer, card.fuse, card.evidence) == ("conv, features", "product", "against")
     assert (card.smooth, card.compat) == (("eigen",), None)
     assert Explainer(small, preprocess=FACTS, layer=["conv"], fuse="max").card.fuse is None
+    refused("no layer is given; leave it out for the default", Explainer, small, preprocess=FACTS, layer=[])
 
 
 def test_evidence_against_is_what_gradcam_leaves_out(small, photo):
@@ -713,6 +714,26 @@ def test_overlay_shows_evidence_against_in_blue_and_for_in_red():
             assert right[0] > 1.5 * right[2]
         else:
             np.testing.assert_array_equal(right, middle)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "start"),
+    [
+        (None, "gradcam at relu"),
+        ("for", "For the class: gradcam"),
+        ("against", "Against the class: gradcam"),
+        ("both", "For and against the class: gradcam"),
+        ("counterfactual", "Counterfactual, against the class: gradcam"),
+    ],
+)
+def test_panel_says_which_evidence_it_shows(monkeypatch, evidence, start):
+    seen = []
+    monkeypatch.setattr(onnxcam.runtime, "panel", lambda *given: seen.append(given))
+    made([[0, 0]], evidence=evidence).panel()
+    ((_, (column,), title, shown),) = seen
+    assert title.startswith(start)
+    assert shown == evidence
+    assert column.note.startswith("the map is all zero: nothing speaks")
 
 
 def test_peak_is_in_pixels_of_the_photo():
