@@ -2,11 +2,8 @@
 
 import contextlib
 import importlib
-import os
 
 from tests import vision  # noqa: F401
-
-os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam's progress bars
 
 PYTORCH_GRAD_CAM = {
     "gradcam": "GradCAM",

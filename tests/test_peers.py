@@ -376,3 +376,37 @@ def test_own_forms_say_their_formula():
             assert method.summary, (dialect.name, name)
             if method is not METHODS[name]:
                 assert method.cost == METHODS[name].cost
+
+
+def test_shapleycam_looks_twice_through_attention(tmp_path):
+    """H A of a model whose Softmax and products of two activations bend, against torch."""
+
+    class Attending(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Conv2d(3, 6, 3, padding=1)
+            self.head = torch.nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.after(self.features(x))
+
+        def after(self, a):
+            tokens = a.flatten(2)
+            mixed = torch.softmax(tokens @ tokens.transpose(1, 2), -1) @ tokens
+            return self.head(mixed.mean(2))
+
+    torch.manual_seed(0)
+    module = Attending().eval()
+    pictures = torch.randn(2, 3, 4, 4)
+    file = exported(module, pictures, tmp_path / "attending.onnx")
+    (maps,) = explained(file, pictures, "cam", method="shapleycam", layer="features")
+    double = module.double()
+    a = double.features(pictures.double()).detach().requires_grad_()
+    scores = double.after(a)
+    for k, index in enumerate(CLASSES):
+        (g,) = torch.autograd.grad(scores[:, index].sum(), a, create_graph=True)
+        (curved,) = torch.autograd.grad(g, a, a.detach(), retain_graph=True)
+        assert float((curved.abs().max() / g.abs().max()).detach()) > 0.1
+        weights = (g - curved / 2).mean((2, 3), keepdim=True)
+        expected = torch.relu((weights * a).sum(1)).detach()
+        np.testing.assert_allclose(maps[:, k], expected, atol=1e-5 * float(expected.max()))

@@ -224,4 +224,6 @@ def unbroadcast_at_run_time(op: Emitter, dy: Value, x: Value, lead: int | None =
     repeated = op.And(op.Equal(padded, 1), op.Not(op.Equal(op.Shape(dy), 1)))
     axes = op.Squeeze(op.NonZero(repeated), [0])
     summed = op.ReduceSum(dy, axes, keepdims=1, noop_with_empty_axes=1)
+    if dy.shape is not None:  # which inference forgets where the axes are not constant
+        summed.shape = ir.Shape([None] * rank(dy))
     return op.Reshape(summed, shape)
