@@ -122,6 +122,8 @@ def test_json_is_one_object_for_each_picture(small_explained, photo, tmp_path):
                 "method",
                 "layer",
                 "evidence",
+                "target",
+                "against",
                 "minimum",
                 "maximum",
                 "peak",
