@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check zoo clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -18,6 +18,11 @@ check: .venv-test/ready
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy
+
+# Every classifier of torchvision and one of each family of timm against torch; hours. It goes on where it stopped.
+zoo: .venv-test/ready
+	.venv-test/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
+	.venv-test/bin/python -m benchmarks.zoo
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
