@@ -166,7 +166,7 @@ def _compare(
         scores, cam, heatmap, activations, gradients = with_map.run(
             outputs, {**feeds, "cam_class": classes[:, None].numpy()}
         )
-        seed = np.eye(want.shape[1], dtype=np.float32)[classes]
+        seed = np.eye(want.shape[1], dtype=np.float32)[classes.numpy()]
         (found,) = to_picture.run([f"{card.input.name}_gradient"], {**feeds, f"{card.scores}_seed": seed})
         nudged = pictures * (1 + 4 * torch.finfo(torch.float32).eps * torch.randn_like(pictures).sign())
         own = distances(in_torch(module, nudged, classes)[2].numpy(), at_picture)
@@ -189,7 +189,7 @@ def _in_double(module: torch.nn.Module, picture: torch.Tensor) -> float:
     want, classes, at_picture = in_torch(module, picture)
     scores, given = (program.model.graph.outputs[0].name, program.model.graph.inputs[0].name)
     model = ir.to_proto(gradient(program.model, scores, given))
-    feeds = {given: picture.numpy(), f"{scores}_seed": np.eye(want.shape[1])[classes]}
+    feeds = {given: picture.numpy(), f"{scores}_seed": np.eye(want.shape[1])[classes.numpy()]}
     (found,) = evaluator(model).run([f"{given}_gradient"], feeds)
     return float(distances(found, at_picture)[0])
 
