@@ -132,13 +132,13 @@ def examine(name: str, size: int | None = None) -> Result:
             card = Card.from_metadata(with_map.metadata_props)
             assert card is not None
             draws = [_Draw.of(module, program, card, pictures.shape[1:], i) for i in range(DRAWS)]
-            del program, with_map
+            del module, program, with_map
             step = "run"
             _compare(result, card, draws, plain, explained)
             assert result.at_picture is not None
             if result.at_picture > TOLERANCE:
                 step = "float64"
-                result.double = _in_double(module.double(), pictures[:1].double())
+                result.double = _in_double(name, size)
     except Exception as error:  # whatever the model, torch or we raise is a line of the table
         text = next((line for line in str(error).splitlines() if line.strip()), "")
         result.trouble = f"{step}: {type(error).__name__}: {text}"[:300]
@@ -212,12 +212,15 @@ def _compare(result: Result, card: Card, draws: Sequence[_Draw], plain: Path, ex
                 result.at_layer, result.at_picture, result.own = map(float, row)
 
 
-def _in_double(module: torch.nn.Module, picture: torch.Tensor) -> float:
+def _in_double(name: str, size: int | None) -> float:
     """Return the distance from torch's gradient at the picture where both compute in float64."""
+    module, pictures = made(name, size)
+    module, picture = module.double(), pictures[:1].double()
     program, _ = exported(module, picture)
     want, classes, at_picture = in_torch(module, picture)
     scores, given = (program.model.graph.outputs[0].name, program.model.graph.inputs[0].name)
     model = ir.to_proto(gradient(program.model, scores, given))
+    del module, program
     feeds = {given: picture.numpy(), f"{scores}_seed": np.eye(want.shape[1])[classes.numpy()]}
     (found,) = evaluator(model).run([f"{given}_gradient"], feeds)
     return float(distances(found, at_picture)[0])
@@ -253,7 +256,7 @@ def made(name: str, size: int | None = None) -> tuple[torch.nn.Module, torch.Ten
             norm.momentum = None
         if norms:
             module(torch.randn(4, *shape))
-    return module.eval(), torch.randn(PICTURES, *shape)
+    return module.eval().requires_grad_(False), torch.randn(PICTURES, *shape)
 
 
 def exported(module: torch.nn.Module, pictures: torch.Tensor) -> tuple[torch.onnx.ONNXProgram, bool]:
