@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check docs parity clean
+.PHONY: demo test check docs parity zoo clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -26,6 +26,11 @@ parity: .venv-test/ready
 # The pages that are printed by the program.
 docs: .venv-test/ready
 	.venv-test/bin/python docs/cli.py > docs/cli.md
+
+# Every classifier of torchvision and one of each family of timm against torch; hours. It goes on where it stopped.
+zoo: .venv-test/ready
+	.venv-test/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
+	.venv-test/bin/python -m benchmarks.zoo
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
