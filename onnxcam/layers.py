@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxcam.backward import path
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.grid import PLANES, TOKENS, Grid, bottlenecks, grids, live_tokens, pooled_order
+from onnxcam.subgraphs import reads, refuse_inner, within
 from onnxcam.vjp.shapes import dims, is_constant
 from onnxcam.vjp.variants import rectifies
 
@@ -194,8 +195,8 @@ def _before_weights(nodes: Sequence[ir.Node]) -> set[ir.Value]:
     """Return the values that a weighted operator follows, at once or later."""
     found: set[ir.Value] = set()
     for node in reversed(nodes):
-        if _is_weighted(node) or not found.isdisjoint(node.outputs):
-            found.update(value for value in node.inputs if value is not None)
+        if any(map(_is_weighted, within(node))) or not found.isdisjoint(node.outputs):
+            found.update(reads(node))
     return found
 
 
@@ -224,6 +225,7 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
     """
     value = _named(model, name)
     if value is None:
+        refuse_inner(model.graph, "layer", name)
         nodes = list(model.graph)
         known = [n.name for n in nodes] + [v.name for n in nodes for v in n.outputs]
         modules = [m for n in nodes if (m := module_path(n)) is not None]

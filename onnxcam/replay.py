@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from onnx_ir import Value
 
-from onnxcam.backward import ancestors, reads
+from onnxcam.backward import ancestors
 from onnxcam.emit import Emitter
+from onnxcam.subgraphs import reads
 
 
 def replay(op: Emitter, outputs: Sequence[Value], substitutes: Mapping[Value, Value]) -> list[Value]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
-from onnxcam.backward import gradient, gradients, path
+from onnxcam.backward import ancestors, gradient, gradients, influenced, path
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.loops import each
@@ -91,7 +91,7 @@ def gradients_of_sums(
             return list(function(found))
 
     def one(*rows: Value) -> list[Value]:
-        found = gradients(op, scores, seeds.weights(*rows), sources, rules)
+        found = gradients(op, {scores: seeds.weights(*rows)}, sources, rules)
         if all(value is None for value in found):
             raise OnnxcamError(f"no gradient of the scores reaches {sources[0].name!r}")
         return list(function(*(None if value is None else op.Unsqueeze(value, [1]) for value in found)))
@@ -113,7 +113,7 @@ def _all_rows_at_once(
     So no rule can write that size into the graph.
     """
     between = path(scores, source)
-    forward = [source, *(value for node in between for value in node.outputs)]
+    forward = influenced(ancestors([scores], stop=source.producer()), [source])
     batch, first = dims(scores)[0], len(op.nodes)
     _rename_rows(forward, batch, ROWS)
     try:

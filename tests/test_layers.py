@@ -358,7 +358,7 @@ def test_the_only_output_that_can_be_scores_is_taken():
             "score",
             r"no output 'score' \(did you mean 'scores' or 'more'\?\); it has: scores, more",
         ),
-        ((SCORES, MAP), "map", r"output 'map' is \[N,4,6,8\]; class scores are \[N,classes\] or"),
+        ((SCORES, FLAT), "flat", r"output 'flat' is \[N\]; class scores are \[N,classes\], .*--target seed"),
     ],
 )
 def test_scores_that_cannot_be_found(outputs, name, message):
