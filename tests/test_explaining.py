@@ -12,6 +12,7 @@ from tests.checks import relative_error
 from tests.graphs import explained, run
 from tests.methods.nets import CLASSES, LAYER, TEXT, Net, model, pictures
 from tests.methods.test_values import EXPECTED, first_direction
+from tests.test_attaching import check_added, every_node
 
 
 def maps(by="ref", emit=("cam",), proto=None, classes=CLASSES, **options):
@@ -201,6 +202,16 @@ def test_open_height_and_width(method):
     for name in ("cam", "cam_heatmap"):
         assert got[name].shape == wanted[name].shape
         assert relative_error(got[name], wanted[name]) <= 2e-5, name
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("cam", "legrad")])
+def test_every_method_writes_standard_operators_that_are_all_read(method):
+    proto = model(dtype="float")
+    layer = {} if METHODS[method].at_picture else {"layer": LAYER}
+    added = explained(proto, method=method, **layer)
+    check_added(added, proto, cam_on_picture=METHODS[method].full_size)
+    random = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"}
+    assert not random & {node.op_type for node in every_node(added.graph.node)}
 
 
 # What needs random numbers has the same ones whichever way the picture lies.
