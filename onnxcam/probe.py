@@ -51,18 +51,19 @@ class Probe:
 
     def size(self) -> list[int] | Value:
         """Height and width of the picture."""
-        rows = 2 if self.layout.order == PLANES else 1
-        return self._sizes(rows, rows + 2)
+        return self._sizes(range(2, 4))
 
     def sizes(self) -> list[int] | Value:
-        """The shape of one picture, without the batch."""
-        return self._sizes(1, 4)
+        """Channels, height and width of the picture."""
+        return self._sizes(range(1, 4))
 
-    def _sizes(self, start: int, end: int) -> list[int] | Value:
-        sizes = dims(self.picture)[start:end]
+    def _sizes(self, axes: range) -> list[int] | Value:
+        """The sizes of the picture along some axes of [N,C,H,W]."""
+        order = range(4) if self.layout.order == PLANES else (0, 3, 1, 2)
+        sizes = [dims(self.picture)[order[axis]] for axis in axes]
         if all(isinstance(size, int) for size in sizes):
             return sizes  # type: ignore[return-value]
-        return self.op.Shape(self.picture, start=start, end=end)
+        return self.op.Shape(self.layout.planes(self.op, self.picture), start=axes.start, end=axes.stop)
 
     def per_sum(self, function: Callable[[Value], Sequence[Value]]) -> list[Value]:
         """Return what `function` makes of the gradient of the K sums, dy/dA [N,k,C,h,w], for all K.

@@ -94,7 +94,7 @@ def test_small_models_pass_the_checker_and_declare_every_output(graph, layer, sc
     assert {i.version for i in added.opset_import} == {opset}
 
 
-def check_added(added, plain):
+def check_added(added, plain, cam_on_picture=False):
     onnx.checker.check_model(added, full_check=True)
     onnx.shape_inference.infer_shapes(added, check_type=True, strict_mode=True)
     assert {i.domain for i in added.opset_import} == {""}
@@ -112,7 +112,7 @@ def check_added(added, plain):
     read = {i for n in every_node(added.graph.node) for i in n.input}
     assert read >= set(constants), "constants that nothing reads"
     outputs = {o.name for o in added.graph.output} | {
-        o for b in bodies(new) for o in (v.name for v in b.output)
+        o for b in bodies(every_node(new)) for o in (v.name for v in b.output)
     }
     assert all(set(n.output) & (read | outputs) for n in every_node(new)), "nodes that nothing reads"
     shapes = {
@@ -124,7 +124,7 @@ def check_added(added, plain):
     c, h, w = shapes["cam_activations"][1:]
     height, width = shapes["cam_heatmap"][2:]
     assert all(isinstance(d, int) and d > 0 for d in (c, h, w, height, width))
-    assert shapes["cam"] == [batch, "cam_classes", h, w]
+    assert shapes["cam"] == [batch, "cam_classes", *((height, width) if cam_on_picture else (h, w))]
     assert shapes["cam_heatmap"] == [batch, "cam_classes", height, width]
     assert shapes["cam_activations"] == [batch, c, h, w]
     assert shapes["cam_gradients"] == ["cam_rows", c, h, w]

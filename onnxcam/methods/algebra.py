@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
@@ -84,8 +85,9 @@ def first_component(op: Emitter, x: Value) -> Value:
         x: [N,K,C,h,w].
 
     Returns:
-        [N,K,h,w].
+        [N,K,h,w], in float32 for a narrower `x`: powers of a matrix need its digits and its range.
     """
+    x = _widened(op, x)
     plane = op.Shape(x, start=3)
     lead = op.Shape(x, start=0, end=2)
     rows = op.Reshape(x, op.Concat(lead, op.Shape(x, start=2, end=3), np.array([-1]), axis=0))  # [N,K,C,P]
@@ -112,8 +114,9 @@ def first_kernel_component(op: Emitter, x: Value) -> Value:
         x: [N,K,C,h,w].
 
     Returns:
-        [N,K,h,w].
+        [N,K,h,w], in float32 for a narrower `x`: powers of a matrix need its digits and its range.
     """
+    x = _widened(op, x)
     plane = op.Shape(x, start=3)
     lead = op.Shape(x, start=0, end=2)
     away = op.Sub(x, op.ReduceMean(x, PLANE, keepdims=1))
@@ -132,6 +135,11 @@ def first_kernel_component(op: Emitter, x: Value) -> Value:
     value = op.MatMul(op.Transpose(u, perm=[0, 1, 3, 2]), op.MatMul(centred, u))
     component = op.Mul(u, op.Sqrt(op.Relu(value)))
     return op.Reshape(_turned_up(op, component), op.Concat(lead, plane, axis=0))
+
+
+def _widened(op: Emitter, x: Value) -> Value:
+    narrow = x.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return op.Cast(x, to=ir.DataType.FLOAT) if narrow else x
 
 
 def _turned_up(op: Emitter, x: Value) -> Value:

@@ -130,7 +130,7 @@ def noisy_gradients(op: Emitter, probe: "Probe") -> Value:
     noise = normal_noise(op, probe.sizes(), _dtype(probe))
 
     def one(number: Value) -> Value:
-        noisy = op.Add(picture, op.Mul(noise(number), sigma))
+        noisy = op.Add(picture, op.Mul(probe.over_picture(noise(number)), sigma))
         (da,) = probe.on(noisy).per_sum(lambda da: [da])
         return da
 

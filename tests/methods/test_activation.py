@@ -68,19 +68,40 @@ def test_what_does_not_vary_has_a_map_without_nan(method):
         assert np.isfinite(cam(method, np.full((1, 3, 4, 5), value))).all()
 
 
+def kernel_component(a):
+    """By numpy's eigh in float64, with the eigenvalues."""
+    rows = a.astype(np.float32).astype(np.float64).reshape(len(a), -1).T
+    rows = rows - rows.mean(0)
+    kernel = np.tanh(rows @ rows.T / len(a) + 1)
+    centring = np.eye(len(kernel)) - 1 / len(kernel)
+    values, vectors = np.linalg.eigh(centring @ kernel @ centring)
+    scores = np.sqrt(values[-1]) * vectors[:, -1]
+    return np.sign(scores[np.abs(scores).argmax()]) * scores.reshape(a.shape[1:]), values
+
+
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0, 50.0])
 @pytest.mark.parametrize(("c", "h", "w"), [(8, 5, 6), (3, 7, 7), (64, 2, 6)])
 def test_kpcacam_against_the_eigenvectors_of_the_centred_kernel(spread, c, h, w):
-    """Up to spreads where every element of the kernel is -1 or 1; the kernel has negative eigenvalues too."""
+    """Up to spreads where every element of the kernel is -1 or 1."""
     x = spread * np.maximum(np.random.default_rng(1).standard_normal((1, c, h, w)), 0) ** 2
-    rows = x.astype(np.float32).astype(np.float64)[0].reshape(c, -1).T
-    rows = rows - rows.mean(0)
-    kernel = np.tanh(rows @ rows.T / c + 1)
-    centring = np.eye(len(kernel)) - 1 / len(kernel)
-    values, vectors = np.linalg.eigh(centring @ kernel @ centring)
-    assert spread < 1 or values[0] < -1e-6
-    wanted = np.sqrt(values[-1]) * vectors[:, -1]
-    wanted = np.sign(wanted[np.abs(wanted).argmax()]) * wanted.reshape(h, w)
+    wanted, _ = kernel_component(x[0])
+    got = cam("kpcacam", x)[0, 0]
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_kpcacam_takes_the_largest_eigenvalue_not_one_that_is_larger_below_zero():
+    """Six positions of five channels, found by a search for such a kernel."""
+    positions = [
+        [-0.5, -3.5, 0.5, -2.9, -0.4],
+        [-2.6, 1.6, -1.9, -6.7, 4.4],
+        [0.1, 3.5, 0.5, 1.3, -6.7],
+        [5.9, -1.6, 2.0, -1.7, 5.0],
+        [2.6, 4.8, -2.1, -1.1, 2.7],
+        [0.5, 2.7, 4.3, -3.4, 1.3],
+    ]
+    x = np.array(positions).T.reshape(1, 5, 1, 6)
+    wanted, values = kernel_component(x[0])
+    assert values[0] < -1.2 * values[-1]
     got = cam("kpcacam", x)[0, 0]
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 from onnxcam import layers, onnxfile
 from onnxcam.attaching import attach
@@ -12,10 +13,16 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
 from onnxcam.probe import Probe
+<<<<<<< HEAD
 from onnxcam.targets import add_seeds
 from tests.checks import reference
+=======
+from onnxcam.seed import class_seeds
+from tests.checks import reference, relative_error
+>>>>>>> moremethods
 from tests.graphs import build, explained, run
 from tests.methods.nets import CLASSES, Net, model, pictures
+from tests.test_replay import TOKENS, tokens_in_torch
 
 # Every kind of bias, in a net that is linear piece by piece.
 BIASES = """(double[N,2,6,6] x) => (double[N,4] scores)
@@ -184,3 +191,25 @@ def test_what_lets_both_signs_pass_keeps_its_gradient(method):
     got = run(added, {"x": x, "cam_class": np.array([[0]])}, by="ref")["cam"].reshape(4)
     # Before the Relu 1, 2, -3, 4 arrive; at its zero LeakyRelu has the slope 1/2.
     np.testing.assert_array_equal(got, [0 if method == "guidedbackprop" else 0.5, 2, 0, 4])
+
+
+def test_fullgrad_of_tokens_drops_those_beside_the_plane():
+    """The one bias is a layer normalisation's; a class token comes before the 4 x 3 of the plane."""
+    proto = build(TOKENS, dtype="double", scale=np.linspace(0.5, 2, 5), shift=np.linspace(-1, 1, 5))
+    x = np.random.default_rng(0).standard_normal((3, 2, 8, 6))
+    added = explained(proto, method="fullgrad", emit=("cam",))
+    got = run(added, {"x": x, "cam_class": CLASSES}, by="ref")["cam"]
+
+    def psi(t):
+        t = t.abs()
+        t = (t - t.min()) / (t.max() - t.min())
+        return F.interpolate(t[None], (8, 6), mode="bilinear", align_corners=False)[0].sum(0)
+
+    for n in range(3):
+        for k, c in enumerate(CLASSES[n]):
+            one = torch.tensor(x[n : n + 1]).requires_grad_()
+            layer, tail = tokens_in_torch(proto, one)
+            dx, dl = torch.autograd.grad(tail(layer)[0, c], [one, layer])
+            terms = dl[0, 1:] * torch.linspace(-1, 1, 5, dtype=torch.float64)
+            wanted = psi((dx * one)[0].detach()) + psi(terms.T.reshape(5, 4, 3))
+            assert relative_error(got[n, k], wanted) <= 1e-7
