@@ -37,7 +37,7 @@ def stand_in(graph: onnx.GraphProto) -> None:
     """Replace nodes by standard ones whose outputs have the same types and shapes, for shape inference."""
     for body in _bodies(graph):
         stand_in(body)
-    nodes = [known for node in graph.node for known in _stand_ins(node)]
+    nodes = [known for node in graph.node for known in stand_ins(node)]
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -52,7 +52,7 @@ def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
     return [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
 
 
-def _stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Return standard operators whose outputs have the types and shapes of `node`'s, for shape inference.
 
     A node that onnx infers well, or that nothing is known of, is returned as it is.

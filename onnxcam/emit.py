@@ -239,7 +239,7 @@ class Emitter:
                 continue
             assert value.name is not None
             types[value.name] = ir.serde.serialize_value(value).type
-            tensor = value.const_value
+            tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
             if tensor is not None and tensor.nbytes <= _KNOWN_DATA_LIMIT:
                 data[value.name] = ir.serde.serialize_tensor(tensor)
         inferred = onnx.shape_inference.infer_node_outputs(

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import google.protobuf.message
-import numpy as np
 import onnx
-import onnx.reference
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftSubgraphInitializersToMainGraphPass, NameFixPass
 
 from onnxcam import contrib
 from onnxcam.errors import OnnxcamError
+from onnxcam.sizes import SMALL, settle
 from onnxcam.subgraphs import bodies
 
 OLDEST_OPSET = 18
@@ -25,9 +24,6 @@ OLDEST_OPSET = 18
 
 _ONE_FILE = 2**31 - 2**26
 """Bytes of weights that surely fit one ONNX file, which protobuf limits to 2 GiB."""
-
-_SMALL = 1024
-"""Constants of up to this many elements are worked out beforehand, larger ones left to the runtime."""
 
 
 def load(path: "str | os.PathLike[str]") -> ir.Model:
@@ -56,7 +52,7 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             source, offset, size = _external_data(tensor, path)
             # The others onnx's tools or onnx_ir would miss: only large weights of the main graph stay there.
-            if not of_graph or math.prod(tensor.dims) <= _SMALL:
+            if not of_graph or math.prod(tensor.dims) <= SMALL:
                 with source.open("rb") as weights:
                     weights.seek(offset)
                     tensor.raw_data = weights.read(size)
@@ -121,17 +117,16 @@ def normalise(model: ir.Model) -> ir.Model:
         model = _convert(model, OLDEST_OPSET)
     _infer_shapes(model)
     _name_nodes(model.graph)
-    _note_constants(model.graph)
+    settle(model.graph)
     return model
 
 
 def check(model: ir.Model) -> None:
-    """Infer the shapes of all values again and run onnx's full check.
+    """Run onnx's full check, which infers the shapes of all values again.
 
     Raises:
         OnnxcamError: the model breaks a rule of ONNX.
     """
-    _infer_shapes(model)
     _run_checker(model, "the explained model is not valid", full_check=True)
 
 
@@ -194,7 +189,7 @@ def _flatten(model: ir.Model) -> None:
     except ValueError as error:
         raise OnnxcamError(f"the model's functions cannot be inlined: {_first_line(error)}") from error
     model.functions.clear()  # those that nothing calls
-    pass
+    LiftSubgraphInitializersToMainGraphPass()(model)
     NameFixPass()(model)  # neither looks into all subgraphs for the names that are taken
 
 
@@ -265,7 +260,7 @@ def _lightened(model: ir.Model) -> Iterator[onnx.ModelProto]:
         assert tensor is not None
         if value not in given:
             value.shape, value.dtype = tensor.shape, tensor.dtype  # type: ignore[assignment]
-        if tensor.size > _SMALL:
+        if tensor.size > SMALL:
             del model.graph.initializers[value.name]  # type: ignore[arg-type]
             if value not in given:
                 model.graph.inputs.append(value)
@@ -393,54 +388,6 @@ def _name_nodes(graph: ir.Graph) -> None:
                     name += "_"
                 taken.add(name)
                 node.name = name
-
-
-def _note_constants(graph: ir.Graph) -> None:
-    """Work out small integer values that do not depend on the picture.
-
-    Only integers, because shape arithmetic is exact whoever computes it.
-    """
-    opset = graph.opset_imports[""]
-    for node in graph.all_nodes():
-        value = node.outputs[0] if len(node.outputs) == 1 else None
-        if value is None or node.domain or node.op_type == "Constant" or value.const_value is not None:
-            continue
-        array = _static_shape(node) if node.op_type == "Shape" else _computed(node, opset)
-        if array is not None and array.size <= _SMALL and array.dtype.kind in "iub":
-            value.const_value = ir.tensor(array, name=value.name)
-
-
-def _static_shape(node: ir.Node) -> np.ndarray | None:
-    source = node.inputs[0]
-    if source is None or source.shape is None:
-        return None
-    start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
-    sizes = list(source.shape)[slice(start, end)]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    return np.array(sizes, np.int64)
-
-
-def _computed(node: ir.Node, opset: int) -> np.ndarray | None:
-    """Evaluate `node` if all it reads is small and constant and it has no subgraph."""
-    if bodies(node):
-        return None
-    feeds = {}
-    for value in node.inputs:
-        if value is None:
-            continue
-        tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
-        if tensor is None or tensor.size > _SMALL:
-            return None
-        feeds[value.name or ""] = tensor.numpy()
-    if not node.inputs:
-        return None
-    try:
-        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(node), opsets={"": opset})
-        (result,) = evaluator.run(None, feeds)
-    except Exception:  # what the reference cannot evaluate stays a computed value
-        return None
-    return np.asarray(result)
 
 
 def _first_line(error: BaseException) -> str:

@@ -123,6 +123,17 @@ def test_types_and_shapes_are_known_at_once():
     assert op.Cast(y, to=ir.DataType.FLOAT16).dtype == ir.DataType.FLOAT16
 
 
+def test_constants_of_the_model_are_seen_whether_nodes_or_weights():
+    """But not an input's default, which the run can override."""
+    op, x = emitter([2, 1, 3])
+    made = op.node("Constant", value=ir.tensor([1]))
+    weight = ir.Value(name="w", shape=ir.Shape([1]), type=ir.TensorType(INT64), const_value=ir.tensor([1]))
+    op.graph.register_initializer(weight)
+    assert op.Squeeze(x, made).shape == op.Squeeze(x, weight).shape == ir.Shape([2, 3])
+    op.graph.inputs.append(weight)
+    assert op.Squeeze(x, weight).shape is None
+
+
 def test_several_outputs():
     op, x = emitter([2, 6])
     a, b = op.Split(x, [2, 4], axis=1, outputs=2)

@@ -55,6 +55,15 @@ class Rule:
             result = self.function(op, dys[0], node.outputs[0], *node.inputs, **attributes)
         gradients = list(result) if isinstance(result, tuple | list) else [result]
         missing = len(node.inputs) - len(gradients)
+        for value, gradient in zip(node.inputs, gradients, strict=False):
+            # onnx cannot tell the number of dimensions behind some operators; here it is known.
+            if (
+                value is not None
+                and value.shape is not None
+                and gradient is not None
+                and gradient.shape is None
+            ):
+                gradient.shape = ir.Shape([None] * len(value.shape))
         return gradients[: len(node.inputs)] + [None] * missing
 
 

@@ -13,13 +13,8 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
 from onnxcam.probe import Probe
-<<<<<<< HEAD
 from onnxcam.targets import add_seeds
-from tests.checks import reference
-=======
-from onnxcam.seed import class_seeds
 from tests.checks import reference, relative_error
->>>>>>> moremethods
 from tests.graphs import build, explained, run
 from tests.methods.nets import CLASSES, Net, model, pictures
 from tests.test_replay import TOKENS, tokens_in_torch

@@ -1,0 +1,199 @@
+"""Files of torch's two exporters, old opsets and new, of any picture size, against torch in float64."""
+
+import contextlib
+import copy
+import io
+import warnings
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import convnext, densenet, efficientnet, resnet, shufflenetv2
+
+from onnxcam import onnxfile
+from onnxcam.attaching import attach
+from onnxcam.card import Card
+from tests.checks import relative_error
+from tests.graphs import run
+from tests.test_sizes import agrees_with_a_run
+
+torch.set_num_threads(1)
+
+CLASSES = [[0, 3], [4, 1]]
+
+
+def vit():
+    model = torchvision.models.VisionTransformer(
+        image_size=24, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5
+    )
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+def efficient():
+    """Squeeze and excite, SiLU, depthwise convolutions."""
+    blocks = [
+        efficientnet.MBConvConfig(1, 3, 1, 32, 16, 1, 1.0, 1.0),
+        efficientnet.MBConvConfig(4, 5, 2, 16, 24, 2, 1.0, 1.0),
+    ]
+    return efficientnet.EfficientNet(blocks, 0.0, num_classes=5, last_channel=64)
+
+
+def narrow_convnext():
+    blocks = [convnext.CNBlockConfig(16, 32, 1), convnext.CNBlockConfig(32, None, 1)]
+    return convnext.ConvNeXt(blocks, layer_scale=1.0, num_classes=5)
+
+
+MODELS = {
+    "resnet": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
+    "mobilenet": lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
+    "efficientnet": efficient,
+    "shufflenet": lambda: shufflenetv2.ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 64], num_classes=5),
+    "squeezenet": lambda: torchvision.models.squeezenet1_1(num_classes=5),
+    "densenet": lambda: densenet.DenseNet(8, (2, 2, 2), 16, num_classes=5),
+    "googlenet": lambda: torchvision.models.GoogLeNet(5, False, transform_input=True, init_weights=False),
+    "convnext": narrow_convnext,
+    "swin": lambda: torchvision.models.SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], num_classes=5),
+    "vit": vit,
+}
+LAST = {
+    "resnet": "layer4",
+    "mobilenet": "features",
+    "efficientnet": "features",
+    "shufflenet": "conv5",
+    "squeezenet": "features",
+    "googlenet": "inception5b",
+    "convnext": "features",
+    "swin": "permute",
+    "vit": "encoder.layers.encoder_layer_1.ln_1",
+}
+"""The module whose output is the default layer; DenseNet's last activation is no module's."""
+
+SIZES = {"vit": [(24, 24)], "swin": [(32, 32), (40, 56)]}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    module = MODELS[name]().eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, 0, 0.1)
+    return module
+
+
+def exported(module, x, opset, *, dynamo, fixed=False):
+    """A model proto with the batch, and unless `fixed` height and width, open."""
+    names = {"input_names": ["x"], "output_names": ["scores"], "opset_version": opset}
+    axes = [0] if fixed else [0, 2, 3]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if dynamo:
+            open_axes = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+            return torch.onnx.export(
+                module, (x,), dynamo=True, dynamic_shapes=(open_axes,), verbose=False, **names
+            ).model_proto
+        file = io.BytesIO()
+        open_axes = {"x": {axis: "NCHW"[axis] for axis in axes}, "scores": {0: "N"}}
+        torch.onnx.export(module, (x,), file, dynamo=False, dynamic_axes=open_axes, **names)
+        return onnx.load_from_string(file.getvalue())
+
+
+def in_torch(module, last, x):
+    """Scores, the output of the module `last`, and the gradients of the classes there and at `x`."""
+    module, seen = copy.deepcopy(module).double(), []
+    x = x.double().requires_grad_()
+    if last is not None:
+        module.get_submodule(last).register_forward_hook(lambda _m, _x, y: seen.append(y) or y.clone())
+    scores = module(x)
+    found = [scores, *seen]
+    for at in (x, *seen):
+        picked = [
+            torch.autograd.grad(scores[n, k], at, retain_graph=True)[0][n]
+            for n, row in enumerate(CLASSES)
+            for k in row
+        ]
+        found.append(torch.stack(picked))
+    return [value.detach().numpy() for value in found]
+
+
+def as_planes(tokens_or_planes, like):
+    """View tokens [N,T,C] of which the first is the class token as planes."""
+    if tokens_or_planes.ndim == 3:
+        tokens_or_planes = tokens_or_planes[:, 1:].swapaxes(1, 2)
+    return tokens_or_planes.reshape(like.shape)
+
+
+TORCHSCRIPT = [
+    ("resnet", 9),
+    ("resnet", 11),
+    ("resnet", 20),
+    ("mobilenet", 9),
+    ("mobilenet", 17),
+    ("efficientnet", 13),
+    ("shufflenet", 9),
+    ("shufflenet", 13),
+    ("squeezenet", 11),
+    ("densenet", 9),
+    ("googlenet", 13),
+    ("convnext", 11),
+    ("swin", 13),
+    ("swin", 20),
+    ("vit", 17),
+]
+DYNAMO = [
+    ("resnet", 18),
+    ("mobilenet", 20),
+    ("efficientnet", 23),
+    ("shufflenet", 18),
+    ("densenet", 20),
+    ("convnext", 23),
+    ("swin", 18),
+    ("vit", 23),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "opset", "dynamo"),
+    [(*case, False) for case in TORCHSCRIPT] + [(*case, True) for case in DYNAMO],
+)
+def test_one_file_explains_pictures_of_any_size(name, opset, dynamo):
+    """The default layer is the last one, and gradients there and at the picture are torch's."""
+    sizes = SIZES.get(name, [(43, 59), (64, 48)])
+    module = model_of(name)
+    plain = exported(module, torch.zeros(2, 3, *sizes[0]), opset, dynamo=dynamo, fixed=len(sizes) == 1)
+    assert {i.version for i in plain.opset_import if i.domain == ""} == {opset}
+    at_picture = ir.to_proto(attach(plain, layer="x", emit=["gradients"]))
+    default = attach(plain, emit=["cam", "heatmap", "activations", "gradients"])
+    if name in LAST:
+        assert Card.from_metadata(default.metadata_props).module.startswith(LAST[name])
+    at_layer = ir.to_proto(default)
+    for size in sizes:
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
+        feeds = {"x": x.numpy(), "cam_class": np.array(CLASSES)}
+        scores, *wanted = in_torch(module, LAST.get(name), x)
+        got = run(at_picture, feeds)
+        assert relative_error(got["scores"], scores) <= 1e-5
+        assert relative_error(got["cam_gradients"], wanted[-1 if len(wanted) == 1 else 1]) <= 1e-5
+        got = run(at_layer, feeds)
+        assert got["cam_heatmap"].shape == (2, 2, *size)
+        assert np.isfinite(got["cam"]).all()
+        if name in LAST:
+            for output, value in (("cam_activations", wanted[0]), ("cam_gradients", wanted[2])):
+                assert relative_error(got[output], as_planes(value, got[output])) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "opset"), [("shufflenet", 13), ("swin", 13), ("vit", 17), ("googlenet", 13)]
+)
+def test_sizes_that_are_known_are_those_of_a_run(name, opset):
+    size = SIZES.get(name, [(43, 59)])[-1]
+    plain = exported(model_of(name), torch.zeros(2, 3, *size), opset, dynamo=False, fixed=name == "vit")
+    own = onnxfile.normalise(ir.from_proto(plain))
+    agrees_with_a_run(own, {"x": np.zeros((3, 3, *size), np.float32)})
