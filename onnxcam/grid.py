@@ -290,6 +290,8 @@ def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.nda
         return None
     y = node.outputs[0]
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if node.op_type == "Concat" and axis in (1, -2) and arriving is not None:
+        return _own_part(node, x, arriving)
     places: np.ndarray | slice | None = None
     if node.op_type == "Gather" and axis in (1, -2) and x is node.inputs[0]:
         places = None if node.inputs[1] is None else constant_array(node.inputs[1])
@@ -306,6 +308,21 @@ def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.nda
         return None
     keeps = _works_on_last_axis(node) or node.op_type not in _REORDERING
     return arriving if keeps and arriving.size == tokens else None
+
+
+def _own_part(node: ir.Node, x: Value, arriving: np.ndarray) -> np.ndarray | None:
+    """Of a mask over the tokens that a Concat puts beside each other, the part of `x`. None: all."""
+    mask: np.ndarray | None = None
+    begin = 0
+    for value in node.inputs:
+        size = dims(value)[1] if value is not None and value.shape is not None else None
+        if not isinstance(size, int):
+            return None
+        if value is x:
+            part = arriving[begin : begin + size]
+            mask = part if mask is None else mask | part
+        begin += size
+    return mask
 
 
 def _sliced_tokens(node: ir.Node) -> slice | None:
