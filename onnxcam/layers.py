@@ -152,13 +152,17 @@ def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
     A weighted operator must still follow it: where the last convolution is the classifier itself (one
     channel for each class, then pooling), its input is chosen, not the class maps it makes. Of tokens
     and channels-last maps only those count that a normalisation made or that everything flows through,
-    not the inner values of an attention or a perceptron.
+    not the inner values of an attention or a perceptron. A map is taken before it is only transposed,
+    where it has the name of what computed it.
 
     Raises:
         OnnxcamError: there is no such activation.
     """
     through = set(bottlenecks(path(logits, source), logits))
+    turned = {layer.value for layer in layers if _turns_a_layer(layer, layers)}
     for layer in reversed(layers):
+        if layer.value in turned:
+            continue
         on_trunk = layer.grid.order == PLANES or layer.value in through or layer.operator in NORMALISATIONS
         if not on_trunk or layer.unreached:
             continue
@@ -168,6 +172,11 @@ def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
         "the model has no feature map with more than one position before its scores; "
         "name a layer with --layer"
     )
+
+
+def _turns_a_layer(layer: Layer, layers: list[Layer]) -> bool:
+    node = layer.value.producer()
+    return layer.operator == "Transpose" and any(other.value is node.inputs[0] for other in layers)  # type: ignore[union-attr]
 
 
 def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Layer:
