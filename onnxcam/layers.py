@@ -174,14 +174,18 @@ def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
     A weighted operator must still follow it: where the last convolution is the classifier itself (one
     channel for each class, then pooling), its input is chosen, not the class maps it makes. Of tokens
     and channels-last maps only those count that a normalisation made or that everything flows through,
-    not the inner values of an attention or a perceptron.
+    not the inner values of an attention or a perceptron. A map is taken before it is only transposed,
+    where it has the name of what computed it.
 
     Raises:
         OnnxcamError: there is no such activation.
     """
     nodes = path(logits, source)
     through, weighted = set(bottlenecks(nodes, logits)), _before_weights(nodes)
+    known = {layer.value for layer in layers}
     for layer in reversed(layers):
+        if _turns(layer, known):
+            continue
         on_trunk = layer.grid.order == PLANES or layer.value in through or layer.operator in NORMALISATIONS
         if on_trunk and not layer.unreached and layer.value in weighted:
             return layer
@@ -198,6 +202,12 @@ def _before_weights(nodes: Sequence[ir.Node]) -> set[ir.Value]:
         if any(map(_is_weighted, within(node))) or not found.isdisjoint(node.outputs):
             found.update(reads(node))
     return found
+
+
+def _turns(layer: Layer, known: set[ir.Value]) -> bool:
+    """Whether the layer is one of the values `known` with its axes in another order."""
+    node = layer.value.producer()
+    return node is not None and layer.operator == "Transpose" and node.inputs[0] in known
 
 
 def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Layer:

@@ -36,7 +36,9 @@ def settle(graph: ir.Graph) -> None:
     better: set[ir.Value | None] = set()
     opset = graph.opset_imports[""]
     for node in graph.all_nodes():
-        if _is_open(node) and any(value in better or value in known for value in node.inputs):
+        # onnx follows no symbol through a Reshape, whatever its target.
+        told = node.op_type == "Reshape" or any(value in better or value in known for value in node.inputs)
+        if told and _is_open(node):
             better.update(_refined(node, known, opset))
         value = node.outputs[0] if len(node.outputs) == 1 else None
         if value is None or node.domain or node.op_type == "Constant" or value.const_value is not None:

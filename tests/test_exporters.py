@@ -68,7 +68,7 @@ LAST = {
     "squeezenet": "features",
     "googlenet": "inception5b",
     "convnext": "features",
-    "swin": "permute",
+    "swin": "norm",
     "vit": "encoder.layers.encoder_layer_1.ln_1",
 }
 """The module whose output is the default layer; DenseNet's last activation is no module's."""
@@ -123,11 +123,11 @@ def in_torch(module, last, x):
     return [value.detach().numpy() for value in found]
 
 
-def as_planes(tokens_or_planes, like):
-    """View tokens [N,T,C] of which the first is the class token as planes."""
-    if tokens_or_planes.ndim == 3:
-        tokens_or_planes = tokens_or_planes[:, 1:].swapaxes(1, 2)
-    return tokens_or_planes.reshape(like.shape)
+def as_planes(name, x):
+    """View the tokens of a ViT, behind the class token, and the channels-last maps of a Swin as planes."""
+    if name == "vit":
+        return x[:, 1:].swapaxes(1, 2).reshape(len(x), -1, 3, 3)
+    return x.transpose(0, 3, 1, 2) if name == "swin" else x
 
 
 TORCHSCRIPT = [
@@ -186,7 +186,7 @@ def test_one_file_explains_pictures_of_any_size(name, opset, dynamo):
         assert np.isfinite(got["cam"]).all()
         if name in LAST:
             for output, value in (("cam_activations", wanted[0]), ("cam_gradients", wanted[2])):
-                assert relative_error(got[output], as_planes(value, got[output])) <= 1e-5
+                assert relative_error(got[output], as_planes(name, value)) <= 1e-5
 
 
 @pytest.mark.parametrize(

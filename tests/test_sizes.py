@@ -71,6 +71,8 @@ SHAPE = "int64 one = {1}, int64 two = {2}, int64 three = {3}, int64[1] i0 = {0},
             t = Where(e, r, s) p = ReduceMean<keepdims=1>(x, i2) y = Expand(p, t)""",
             ["N", 4, 6, "H"],
         ),
+        # a constant target with one place left open: the batch
+        ("p = ReduceMean(x, plane) q = Reshape(p, flat) t = Sigmoid(q) y = Mul(x, t)", ["N", 4, 6, "H"]),
         # a slice of the shape, joined
         ("s = Shape(x) a = Slice(s, i0, i2) t = Concat<axis=0>(a, minus) y = Reshape(x, t)", ["N", 4, None]),
         ("s = Shape<end=2>(x) t = Concat<axis=0>(s, minus) y = Reshape(x, t)", ["N", 4, None]),
@@ -94,7 +96,7 @@ SHAPE = "int64 one = {1}, int64 two = {2}, int64 three = {3}, int64[1] i0 = {0},
 def test_shapes_behind_arithmetic(graph, sizes):
     more = """int64[1] four = {4}, int64[4] zeros = {0,0,0,0}, int64[4] ones = {1,1,1,1},
     int64[2] parts = {1,3}, int64[1] three3 = {3}, int64[1] two1 = {2}, int64[3] z3 = {0,0,0},
-    int64[4] z4 = {0,0,0,0},"""
+    int64[4] z4 = {0,0,0,0}, int64[2] plane = {2,3}, int64[4] flat = {-1,4,1,1},"""
     found = dims(settled(graph, SHAPE + more)["y"])
     # "unk__" is what onnx's inference calls a size that it knows nothing of.
     assert [None if str(size).startswith("unk__") else size for size in found] == sizes
