@@ -305,6 +305,8 @@ def _logits(op: Emitter, found: layers.Scores) -> Value:
     for node in found.regrouping:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         value = op.node(node.op_type, value, *node.inputs[1:], **attributes)
+    if found.regrouping:
+        value.shape = found.output.shape
     return value
 
 

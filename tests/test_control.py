@@ -240,7 +240,7 @@ def test_what_stays_of_an_if_that_the_gradient_passes_through():
         made = [(n.op_type, list(n.output)) for n in ours.g.node]
         count = len(theirs.g.node)
         assert made[:count] == [(n.op_type, list(n.output)) for n in theirs.g.node]
-        assert all(name.startswith("cam/gradient/If_2/") for _, (name,) in made[count:])
+        assert all(name.startswith("cam/gradcam/gradient/If_2/") for _, (name,) in made[count:])
         assert len(made[count:]) == 2 - further
     assert [o.name for o in added.graph.output] == ["scores", "cam", "cam_heatmap"]
     x = picture(2, 3, 5, 4)
