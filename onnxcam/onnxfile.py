@@ -48,21 +48,29 @@ def load(path: "str | os.PathLike[str]") -> ir.Model:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise OnnxcamError(f"{path} is not an ONNX file, or it is cut short")
+    outside: dict[str, Path] = {}
     for tensor, of_graph in _tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             source, offset, size = _external_data(tensor, path)
             # The others onnx's tools or onnx_ir would miss: only large weights of the main graph stay there.
-            if not of_graph or math.prod(tensor.dims) <= SMALL:
-                with source.open("rb") as weights:
-                    weights.seek(offset)
-                    tensor.raw_data = weights.read(size)
-                tensor.ClearField("data_location")
-                del tensor.external_data[:]
+            if of_graph and math.prod(tensor.dims) > SMALL:
+                outside[tensor.name] = source.parent
+                for entry in tensor.external_data:
+                    entry.value = source.name if entry.key == "location" else entry.value
+                continue
+            with source.open("rb") as weights:
+                weights.seek(offset)
+                tensor.raw_data = weights.read(size)
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
     try:
         model = from_proto(proto)
     except OnnxcamError as error:
         raise OnnxcamError(f"{path}: {error}") from error
-    ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+    for name, folder in outside.items():
+        weight = model.graph.initializers[name].const_value
+        assert isinstance(weight, ir.ExternalTensor)
+        weight.base_dir = folder
     return model
 
 
@@ -196,18 +204,24 @@ def _flatten(model: ir.Model) -> None:
 def _external_data(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int, int]:
     """Return the file of a weight of the model at `path`, the offset there and the size in bytes.
 
+    The file must stand in the model's folder under that name. It may be a link to elsewhere, and so may the
+    model: in Hugging Face's cache every file is a link to one that is named by its content.
+
     Raises:
         OnnxcamError: it does not exist, lies outside the model's own folder or is too short.
     """
     fields = {entry.key: entry.value for entry in tensor.external_data}
-    location, folder = fields.get("location", ""), path.resolve().parent
+    location = fields.get("location", "")
+    homes = [path.absolute().parent, path.resolve().parent]
     try:
-        file = (folder / location).resolve()
+        named = next((home / location for home in homes if (home / location).exists()), homes[0] / location)
+        folder, file = named.parent.resolve(), named.resolve()
         offset, length = int(fields.get("offset") or 0), int(fields.get("length") or 0)
         size = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
     except (ValueError, TypeError) as error:
         raise OnnxcamError(f"{path}: the weights {tensor.name!r} are damaged: {_first_line(error)}") from None
-    if not location or not file.is_relative_to(folder):
+    strays = not location or ".." in Path(location).parts or Path(location).is_absolute()
+    if strays or not any(folder.is_relative_to(home.resolve()) for home in homes):
         raise OnnxcamError(
             f"{path}: the weights {tensor.name!r} point to {location!r}, outside the model's folder"
         )

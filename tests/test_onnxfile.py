@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
@@ -236,7 +237,9 @@ def test_a_folder_in_place_of_external_data(external):
     refused(external, "is not beside it")
 
 
-@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "sub/../../secret", "", None, ".."])
+@pytest.mark.parametrize(
+    "location", ["../secret", "/etc/passwd", "sub/../../secret", "sub/../m.onnx.data", "", None, ".."]
+)
 def test_external_data_outside_the_folder(external, location):
     external.parent.with_name("secret").write_bytes(bytes(100_000))
     relocate(external, location=location)
@@ -256,12 +259,56 @@ def test_external_data_in_a_subfolder(external):
     assert attach(external)
 
 
-def test_a_symbolic_link_out_of_the_folder(external):
-    data = external.with_name("m.onnx.data")
-    secret = external.parent.with_name("secret")
-    data.rename(secret)
-    data.symlink_to(secret)
+def as_hugging_face_keeps_it(external):
+    """Move a model and its weights to files named by their content and leave links in their place."""
+    blobs = external.parent.with_name("blobs")
+    blobs.mkdir()
+    for file, name in ((external, "0f3a"), (external.with_name("m.onnx.data"), "9c41")):
+        file.rename(blobs / name)
+        file.symlink_to(f"../blobs/{name}")
+
+
+def test_a_model_in_hugging_faces_cache(external, tmp_path):
+    before = run(ir.to_proto(attach(build(WIDE), layer="r")), picture(1))
+    as_hugging_face_keeps_it(external)
+    kept = files(tmp_path / "blobs")
+    out = tmp_path / "out" / "o.onnx"
+    out.parent.mkdir()
+    attach(external, out, layer="r")
+    assert {p.name: p.is_symlink() for p in out.parent.iterdir()} == {"o.onnx": False, "o.onnx.data": False}
+    assert files(tmp_path / "blobs") == kept
+    session = onnxruntime.InferenceSession(str(out), graphs.quiet())
+    found = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, {"x": picture(1)}), strict=True)
+    )
+    for name, value in before.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_weights_behind_a_link_are_not_overwritten(external, tmp_path):
+    as_hugging_face_keeps_it(external)
+    kept = files(tmp_path / "blobs")
+    (tmp_path / "9c41").symlink_to("blobs/9c41")
+    for name in ("blobs/9c41", "9c41"):
+        with pytest.raises(OnnxcamError, match="holds the weights of the model being read"):
+            attach(external, tmp_path / name)
+    assert files(tmp_path / "blobs") == kept
+
+
+def test_a_folder_that_is_a_link_out_of_the_models(external):
+    relocate(external, location="sub/m.onnx.data")
+    elsewhere = external.parent.with_name("elsewhere")
+    elsewhere.mkdir()
+    external.with_name("m.onnx.data").rename(elsewhere / "m.onnx.data")
+    (external.parent / "sub").symlink_to(elsewhere)
+    (external.parent / "m.onnx.data").symlink_to(elsewhere / "m.onnx.data")
     refused(external, "outside the model's folder")
+
+
+def test_a_link_to_nothing(external):
+    external.with_name("m.onnx.data").unlink()
+    external.with_name("m.onnx.data").symlink_to("gone")
+    refused(external, "is not beside it")
 
 
 @pytest.mark.parametrize("graph", [graphs.LINEAR, WIDE])
