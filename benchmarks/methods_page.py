@@ -65,13 +65,13 @@ def main() -> None:
         f"""# Methods
 
 Written by `python -m benchmarks.methods_page`. `onnxcam methods` prints what each needs, and which
-libraries' numbers it can have (`--compat`). Cost is in runs of the model beside the one that predicts; C is the
-number of the layer's channels, P that of its positions.
+libraries' numbers it can have (`--compat`). Cost is in runs of the model beside the one that predicts; C is
+the number of the layer's channels, P that of its positions.
 
 The last two columns: EfficientNet-Lite0 explains `models/cat_and_coffee.png`, the cat on the left half and
 the coffee on the right, and this share of the map's energy (its values above zero, spread over the photo)
-lies on the **right** half. A method that tells the classes apart has little there for the cat and much for the
-espresso. Eigen-CAM, KPCA-CAM and FEM look at no class. {left_out}
+lies on the **right** half. A method that tells the classes apart has little there for the cat and much for
+the espresso. Eigen-CAM, KPCA-CAM and FEM look at no class. {left_out}
 
 | method | map | cost | right half, Egyptian cat | right half, espresso |
 |---|---|---|---|---|
