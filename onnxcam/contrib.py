@@ -7,8 +7,11 @@ import onnx
 
 DOMAIN = "com.microsoft"
 
-_IN_ONNX_DOMAIN = ("LayerNormalization", "SimplifiedLayerNormalization")
-"""Those that stand in ONNX's domain at any opset. ONNX itself has the first one, from opset 17 on."""
+_IN_ONNX_DOMAIN = ("GroupNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
+"""Those that stand in ONNX's domain at any opset.
+
+ONNX itself has LayerNormalization from opset 17 on; GroupNormalization it calls deprecated before opset 21.
+"""
 
 
 def move_out(proto: onnx.ModelProto) -> None:
@@ -30,7 +33,8 @@ def move_back(proto: onnx.ModelProto) -> None:
 
 
 def _in_onnx(op_type: str, opset: int) -> bool:
-    return bool(onnx.defs.has(op_type, max_inclusive_version=opset))
+    known = onnx.defs.has(op_type, max_inclusive_version=opset)
+    return known and not onnx.defs.get_schema(op_type, opset).deprecated
 
 
 def stand_in(graph: onnx.GraphProto) -> None:
@@ -58,7 +62,7 @@ def stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     A node that onnx infers well, or that nothing is known of, is returned as it is.
     """
     make = functools.partial(onnx.helper.make_node, name=node.name)
-    if not node.domain and node.op_type in ("GroupNormalization", "MeanVarianceNormalization"):
+    if node.op_type in ("GroupNormalization", "MeanVarianceNormalization"):
         # Through the functions that define them, onnx 1.23 infers no shape, or refuses half precision.
         return [make("Identity", node.input[:1], node.output[:1])]
     if node.domain != DOMAIN:
