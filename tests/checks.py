@@ -254,6 +254,12 @@ def _one_node_model(
         result.shape = values["x" + name.removeprefix("dx")].shape
         own.graph.outputs.append(result)
     op.remove_dead([])
+    for node in op.nodes:
+        # onnxruntime-web asks for all of these. Weights of unknown size have no kernel_shape to write.
+        if node.op_type in ("Conv", "ConvTranspose"):
+            missing = {"strides", "dilations", "kernel_shape"} - node.attributes.keys()
+            assert missing <= ({"kernel_shape"} if symbolic else set()), f"{node.name} lacks {missing}"
+            assert node.attributes.keys() & {"pads", "auto_pad"}, node.name
     check(own)
     return ir.to_proto(own)
 

@@ -14,7 +14,7 @@ from onnxcam.contrib import DOMAIN
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.vjp import activation as functions
-from onnxcam.vjp.conv import conv
+from onnxcam.vjp.conv import conv, kernel_size
 from onnxcam.vjp.elementwise import identity
 from onnxcam.vjp.linalg import gemm, matmul
 from onnxcam.vjp.norm import layer_normalization, rms_normalization
@@ -88,13 +88,15 @@ def fused_conv(
     strides: list[int] | None = None,
 ) -> tuple[Value | None, ...]:
     """Y = activation(Conv(X, W, B) + Z)."""
+    kernel = kernel_size(kernel_shape, w)
+    n = len(kernel)
     attributes = {
         "auto_pad": auto_pad,
-        "dilations": dilations,
+        "dilations": dilations or [1] * n,
         "group": group,
-        "kernel_shape": kernel_shape,
-        "pads": pads,
-        "strides": strides,
+        "kernel_shape": kernel,
+        "pads": pads or ([0] * 2 * n if auto_pad == "NOTSET" else None),
+        "strides": strides or [1] * n,
     }
     before = op.Conv(x, w, b, **attributes)
     if z is not None:

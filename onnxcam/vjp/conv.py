@@ -132,7 +132,7 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
     return op.Slice(widest, begin, op.Add(begin, length), spatial)
 
 
-def _kernel_size(kernel_shape: list[int] | None, w: Value) -> list[int]:
+def kernel_size(kernel_shape: list[int] | None, w: Value) -> list[int]:
     kernel = kernel_shape or dims(w)[2:]
     if not all(isinstance(k, int) for k in kernel):
         raise OnnxcamError(f"the kernel size of the convolution with weights {w.name!r} is unknown")
@@ -161,7 +161,7 @@ def conv(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> tuple[Value, Value | None, Value | None]:
-    window = Window.of(op, x, y, _kernel_size(kernel_shape, w), strides, dilations, pads, auto_pad)
+    window = Window.of(op, x, y, kernel_size(kernel_shape, w), strides, dilations, pads, auto_pad)
     dx = spread(op, dy, w, x, y, window, group)
     dw = None if is_constant(w) else _weights(op, dy, x, window, group)
     return dx, dw, _bias(op, dy, b)
@@ -182,7 +182,16 @@ def _weights(op: Emitter, dy: Value, x: Value, window: Window, group: int) -> Va
     moved = op.Transpose(split, perm=[2, 1, 0, *(s + 1 for s in spatial)])
     image = op.Reshape(moved, joined(op, [0, -1, *size]))
     kernel = op.Transpose(dy, perm=[1, 0, *spatial])
-    found = op.Conv(image, kernel, strides=window.dilations, dilations=window.strides, pads=pads, group=group)
+    reach = dims(kernel)[2:]
+    found = op.Conv(
+        image,
+        kernel,
+        kernel_shape=reach if all(isinstance(k, int) for k in reach) else None,
+        strides=window.dilations,
+        dilations=window.strides,
+        pads=pads,
+        group=group,
+    )
     swapped = op.Transpose(found, perm=[1, 0, *spatial])
     return op.Slice(swapped, [0] * n, window.kernel, spatial)
 
@@ -206,7 +215,7 @@ def conv_transpose(
     strides: list[int] | None = None,
 ) -> tuple[Value, Value | None, Value | None]:
     """The convolution of `dy`, padded to its full length stride (in - 1) + extent, with the same weights."""
-    kernel = _kernel_size(kernel_shape, w)
+    kernel = kernel_size(kernel_shape, w)
     n = len(kernel)
     zeros = [0] * n
     extra = output_padding or zeros
@@ -263,7 +272,7 @@ def causal_conv_with_state(
 
     The second output is the state after it: the last k - 1 elements of the two joined.
     """
-    (k,) = _kernel_size(None, w)[-1:]
+    (k,) = kernel_size(None, w)[-1:]
     channels = dims(w)[0]
     if not isinstance(channels, int):
         raise OnnxcamError(f"the number of channels of the convolution with weights {w.name!r} is unknown")
@@ -273,7 +282,9 @@ def causal_conv_with_state(
     djoined, dw, db = None, None, None
     if dy is not None:
         if activation != "none":
-            before = op.Conv(joined_x, w, b, kernel_shape=[k], group=channels)
+            before = op.Conv(
+                joined_x, w, b, kernel_shape=[k], strides=[1], dilations=[1], pads=[0, 0], group=channels
+            )
             gate = op.Sigmoid(before)
             dy = op.Mul(dy, op.Mul(gate, op.Add(op.Mul(before, op.Sub(1.0, gate)), 1.0)))
         djoined = spread(op, dy, w, joined_x, ys[0], window, channels)

@@ -355,7 +355,8 @@ def _padded_mask(op: Emitter, mask: Value, k: Value, logits: Value) -> Value:
     if _spans(mask, k):
         return mask
     missing = op.Sub(op.Shape(k, start=2, end=3), op.Shape(mask, start=-1))
-    return op.Pad(mask, op.Concat(np.array([0]), missing, axis=0), None if is_bool else -math.inf, [-1])
+    fill = None if is_bool else -math.inf
+    return pad_along(op, mask, op.Concat(np.array([0]), missing, axis=0), [-1], fill)
 
 
 def _spans(mask: Value, k: Value) -> bool:

@@ -106,8 +106,14 @@ def joined(op: Emitter, parts: Sequence[int | Value]) -> list[int] | Value:
     return op.Concat(*vectors, axis=0)
 
 
-def pad_along(op: Emitter, x: Value, pads: Sequence[int] | np.ndarray | Value, axes: Sequence[int]) -> Value:
-    """Pad `x` with zeros along `axes`; `pads` holds what comes before each of them, then after each.
+def pad_along(
+    op: Emitter,
+    x: Value,
+    pads: Sequence[int] | np.ndarray | Value,
+    axes: Sequence[int],
+    fill: float | None = None,
+) -> Value:
+    """Pad `x` along `axes`; `pads` holds what comes before each of them, then after each; `fill`: not zeros.
 
     All axes are written out: between two Transposes onnxruntime 1.32 fails over a Pad that names its axes.
     """
@@ -115,9 +121,9 @@ def pad_along(op: Emitter, x: Value, pads: Sequence[int] | np.ndarray | Value, a
     places += [rank(x) + place for place in places]
     every = np.zeros(2 * rank(x), np.int64)
     if isinstance(pads, Value):
-        return op.Pad(x, op.ScatterElements(every, np.array(places), pads, axis=0))
+        return op.Pad(x, op.ScatterElements(every, np.array(places), pads, axis=0), fill)
     every[places] = pads
-    return op.Pad(x, every)
+    return op.Pad(x, every, fill)
 
 
 def zeros_along(op: Emitter, dy: Value, axis: int, length: int | Value) -> Value:
