@@ -117,6 +117,8 @@ def _serves_any_rows(between: Sequence[ir.Node], walk: Sequence[ir.Node], found:
         perm = node.attributes.get("perm")
         if node.op_type == "Transpose" and (perm is None or perm.as_ints()[0] != 0):
             return False
+        if _multiplies_by_image(node):
+            return False
     own = {seed} | {value for node in walk for value in node.outputs}
     live = {found}
     for node in reversed(walk):
@@ -131,6 +133,14 @@ def _serves_any_rows(between: Sequence[ir.Node], walk: Sequence[ir.Node], found:
             if value is not None:
                 live.add(value)
     return True
+
+
+def _multiplies_by_image(node: ir.Node) -> bool:
+    """Whether a weight of `node`, which its gradient reads, has an entry for each image."""
+    if node.op_type not in ("Mul", "Div"):
+        return False
+    weights = [v for v in node.inputs if v is not None and is_constant(v)]
+    return any(len(dims(v)) == len(dims(node.outputs[0])) and dims(v)[0] != 1 for v in weights)
 
 
 def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value:
