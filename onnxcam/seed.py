@@ -158,6 +158,8 @@ def _rows_stay_apart(between: Sequence[ir.Node]) -> bool:
         perm = node.attributes.get("perm")
         if node.op_type == "Transpose" and (perm is None or perm.as_ints()[0] != 0):
             return False
+        if _multiplies_by_image(node):
+            return False
     return True
 
 
@@ -177,6 +179,14 @@ def _reads_constants_only(walk: Sequence[ir.Node], found: Value, seed: Value) ->
             if value is not None:
                 live.add(value)
     return True
+
+
+def _multiplies_by_image(node: ir.Node) -> bool:
+    """Whether a weight of `node`, which its gradient reads, has an entry for each image."""
+    if node.op_type not in ("Mul", "Div"):
+        return False
+    weights = [v for v in node.inputs if v is not None and is_constant(v)]
+    return any(len(dims(v)) == len(dims(node.outputs[0])) and dims(v)[0] != 1 for v in weights)
 
 
 def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value:

@@ -28,7 +28,7 @@ class ConvTranspose(OpRun):
         strides, extra = attributes["strides"] or [1] * n, attributes["output_padding"] or [0] * n
         dilations, pads = attributes["dilations"] or [1] * n, attributes["pads"] or [0] * 2 * n
         full = getattr(torch.nn.functional, f"conv_transpose{n}d")(
-            *map(torch.tensor, (x, w)), None, strides, 0, 0, group, dilations
+            *(torch.tensor(v.copy()) for v in (x, w)), None, strides, 0, 0, group, dilations
         ).numpy()
         for axis, step in enumerate(strides):
             begin = pads[axis]

@@ -116,6 +116,29 @@ def test_rows_of_the_gradient(name, batch):
         assert all(node.op_type != "Scan" for node in added.graph.node), "a Scan where none is needed"
 
 
+@pytest.mark.parametrize("batch", ["3", "N"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "m = Mul(x, each) ",
+        "m = Div(x, each) ",
+        "r = Reshape(x, rows) q = MatMul(r, square) m = Reshape(q, back) ",
+    ],
+)
+def test_a_weight_for_each_image(text, batch):
+    model = build(
+        f"""(T[{batch},3,2,4] x) => (T[{batch},5] scores)
+        <T[3,3,1,1] each, T[3,8,8] square, T[3,5] fc, int64[2] plane = {{2, 3}}, int64[3] rows = {{0, 3, 8}},
+         int64[4] back = {{0, 3, 2, 4}}> {{ {text} {MEAN.format("m")} }}""",
+        dtype="double",
+    )
+    classes = np.array([[3, 0], [1, 2], [4, 4]])
+    wanted = np.concatenate([j[c] for j, c in zip(jacobian(model, 3), classes, strict=True)])
+    feeds = {"x": picture(3, 3, 2, 4, dtype=np.float64), "cam_class": classes}
+    got = run(explained(model, layer="x"), feeds, by="ref")
+    assert relative_error(got["cam_gradients"], wanted) <= 1e-9
+
+
 @pytest.mark.parametrize(
     ("graph", "layer"),
     [(graphs.LINEAR, "r"), (graphs.DEEP, "s"), (graphs.CONV_HEAD, "r"), (graphs.CONV_HEAD, "p")],

@@ -1,4 +1,5 @@
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -6,10 +7,11 @@ import torch.nn.functional as f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import onnxcam
 from onnxcam.backward import gradient
 from onnxcam.emit import Emitter
 from onnxcam.vjp import RULES
-from tests.checks import check_vjp, dtypes_of_gradients, gradients_in
+from tests.checks import check_vjp, dtypes_of_gradients, gradients_in, reference
 
 RNG = np.random.default_rng(3)
 SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875
@@ -196,6 +198,30 @@ def test_softmax(op_type, function, data):
         return function(x, -1 if axis is None else axis)
 
     check_vjp(op_type, [3 * normal(*shape)], against=softmax, symbolic=symbolic, **attributes)
+
+
+@pytest.mark.parametrize("op_type", ["Softmax", "LogSoftmax"])
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(st.data())
+def test_softmax_before_opset_13(op_type, data):
+    """Over all axes from the one named on, which is the second by default."""
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    axis = data.draw(st.none() | st.integers(0, len(shape) - 1))
+    sizes = [f"d{i}" for i in range(len(shape))] if data.draw(st.booleans()) else shape
+    given = "" if axis is None else f"<axis = {axis}>"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 7, opset_import: ["": {data.draw(st.sampled_from([9, 11, 12]))}]>
+        m (double[{",".join(map(str, sizes))}] x) => (double[{",".join(map(str, sizes))}] y)
+        {{ y = {op_type}{given}(x) }}"""
+    )
+    x, seed = (torch.tensor(3 * normal(*shape)) for _ in range(2))
+    x.requires_grad_()
+    rows = x.flatten(1 if axis is None else axis) if axis != 0 else x.flatten()
+    function = torch.softmax if op_type == "Softmax" else torch.log_softmax
+    function(rows, -1).reshape(shape).backward(seed)
+    gradient = ir.to_proto(onnxcam.gradient(model, "y", "x"))
+    got = reference(gradient).run(["x_gradient"], {"x": x.detach().numpy(), "y_seed": seed.numpy()})[0]
+    np.testing.assert_allclose(got, x.grad.numpy(), rtol=0, atol=1e-12)
 
 
 def test_hardmax_has_no_gradient():

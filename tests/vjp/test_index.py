@@ -54,6 +54,28 @@ def test_gather(indices, axis, constant, symbolic):
     )
 
 
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.data())
+def test_any_gather(data):
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    size = data.draw(st.lists(st.integers(1, 3), max_size=2))
+    indices = RNG.integers(-shape[axis], shape[axis], size)
+    constant, symbolic = data.draw(st.booleans()), data.draw(st.booleans())
+    check_vjp(
+        "Gather",
+        [normal(*shape), indices],
+        against=lambda x, i: (
+            x.index_select(axis, i.flatten() % shape[axis]).unflatten(axis, size or (1,))
+            if size
+            else x.select(axis, int(indices))
+        ),
+        constant=[1] if constant else [],
+        symbolic=symbolic,
+        axis=axis,
+    )
+
+
 def test_gather_with_int32_indices():
     check_vjp("Gather", [normal(3, 4), np.array([1, 1, -1], np.int32)], axis=1)
 

@@ -383,6 +383,19 @@ def test_any_max_pool(geometry, symbolic):
 
 
 @any_geometry
+@given(geometry=geometry(), symbolic=st.booleans())
+def test_any_max_pool_gives_the_first_of_equals_everything(geometry, symbolic):
+    shape, attributes = geometry
+    x = RNG.integers(0, 2, shape).astype(float)
+    numbers = windows(np.arange(x.size).reshape(shape), -1, **attributes)
+    first = windows(x, -np.inf, **attributes).argmax(-1)[..., None]
+    chosen = torch.tensor(np.take_along_axis(numbers, first, -1)[..., 0])
+    check_vjp(
+        "MaxPool", [x], against=lambda x: x.flatten()[chosen], symbolic=symbolic, opset=22, **attributes
+    )
+
+
+@any_geometry
 @given(geometry=geometry(), p=st.sampled_from([1, 2, 3]), symbolic=st.booleans())
 def test_any_lp_pool(geometry, p, symbolic):
     shape, attributes = geometry

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference.op_run import OpRun
 
@@ -309,7 +309,8 @@ class GridSample(OpRun):
     """
 
     def _run(self, x, grid, mode=None, padding_mode=None, align_corners=None):
-        return (by_torch(torch.tensor(x), torch.tensor(grid), mode, padding_mode, align_corners).numpy(),)
+        x, grid = (torch.tensor(v.copy()) for v in (x, grid))
+        return (by_torch(x, grid, mode, padding_mode, align_corners).numpy(),)
 
 
 def by_torch(x, grid, mode, padding_mode, align_corners):
@@ -385,21 +386,49 @@ def test_affine_grid(size, align_corners):
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+any_size = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 6))
+HOW = st.one_of(
+    st.fixed_dictionaries({"mode": st.just("linear")}, optional={"antialias": st.just(1)}),
+    st.fixed_dictionaries(
+        {"mode": st.just("cubic")},
+        optional={"antialias": st.just(1), "exclude_outside": st.just(1), "cubic_coeff_a": st.just(-0.5)},
+    ),
+    st.fixed_dictionaries(
+        {"mode": st.just("nearest")},
+        optional={"nearest_mode": st.sampled_from(["round_prefer_ceil", "floor", "ceil"])},
+    ),
+)
+
+
+@any_size
 @given(
-    lengths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    lengths=LENGTHS,
     sizes=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    mode=st.sampled_from(["nearest", "linear", "cubic"]),
+    how=HOW,
     coordinates=st.sampled_from(COORDINATES),
-    antialias=st.booleans(),
     symbolic=st.booleans(),
 )
-def test_resize_of_any_size(lengths, sizes, mode, coordinates, antialias, symbolic):
+def test_resize_to_any_size(lengths, sizes, how, coordinates, symbolic):
+    constants = {"sizes": ints(1, 1, *sizes)}
     check_resize(
-        (1, 1, *lengths),
-        symbolic,
-        constants={"sizes": ints(1, 1, *sizes)},
-        mode=mode,
-        coordinate_transformation_mode=coordinates,
-        antialias=int(antialias and mode != "nearest"),
+        (1, 1, *lengths), symbolic, constants=constants, coordinate_transformation_mode=coordinates, **how
+    )
+
+
+@any_size
+@given(
+    lengths=LENGTHS,
+    scales=st.tuples(*[st.sampled_from([0.5, 0.6, 1.0, 1.5, 2.0, 2.3, 3.0])] * 2),
+    how=HOW,
+    coordinates=st.sampled_from(COORDINATES),
+    symbolic=st.booleans(),
+)
+def test_resize_by_any_scale(lengths, scales, how, coordinates, symbolic):
+    assume(all(int(n * s) > 0 for n, s in zip(lengths, scales, strict=True)))
+    constants = {"scales": floats(1, 1, *scales)}
+    check_resize(
+        (1, 1, *lengths), symbolic, constants=constants, coordinate_transformation_mode=coordinates, **how
     )
