@@ -1,6 +1,7 @@
 """What onnx's own tools must be told about the operators that onnxruntime's optimiser writes into files."""
 
 import functools
+from collections.abc import Iterator
 
 import onnx
 
@@ -13,7 +14,7 @@ _IN_ONNX_DOMAIN = ("LayerNormalization", "SimplifiedLayerNormalization")
 def move_out(proto: onnx.ModelProto) -> None:
     """Move operators that stand in ONNX's domain, but that it does not know, to onnxruntime's."""
     opset = {entry.domain: entry.version for entry in proto.opset_import}
-    for node in proto.graph.node:
+    for node in _nodes(proto.graph):
         if node.domain == "" and node.op_type in _IN_ONNX_DOMAIN and not _in_onnx(node.op_type, opset[""]):
             node.domain = DOMAIN
             if DOMAIN not in opset:
@@ -23,7 +24,7 @@ def move_out(proto: onnx.ModelProto) -> None:
 
 def move_back(proto: onnx.ModelProto) -> None:
     """Undo `move_out`."""
-    for node in proto.graph.node:
+    for node in _nodes(proto.graph):
         if node.domain == DOMAIN and node.op_type in _IN_ONNX_DOMAIN:
             node.domain = ""
 
@@ -32,7 +33,26 @@ def _in_onnx(op_type: str, opset: int) -> bool:
     return bool(onnx.defs.has(op_type, max_inclusive_version=opset))
 
 
-def stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def stand_in(graph: onnx.GraphProto) -> None:
+    """Replace nodes by standard ones whose outputs have the same types and shapes, for shape inference."""
+    for body in _bodies(graph):
+        stand_in(body)
+    nodes = [known for node in graph.node for known in _stand_ins(node)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    yield from graph.node
+    for body in _bodies(graph):
+        yield from _nodes(body)
+
+
+def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    return [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+
+
+def _stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Return standard operators whose outputs have the types and shapes of `node`'s, for shape inference.
 
     A node that onnx infers well, or that nothing is known of, is returned as it is.

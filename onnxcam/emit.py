@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,7 +30,7 @@ class Emitter:
     a shape.
 
     Attributes:
-        graph: where the nodes go: the main graph, or the body of a Scan.
+        graph: where the nodes go: the main graph, or the body of a Scan or an If.
         nodes: the nodes emitted so far, in order.
     """
 
@@ -57,7 +57,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def body(self, graph: ir.Graph) -> Iterator[None]:
-        """Nodes emitted within the block go to `graph`, the body of a Scan that is yet to be emitted."""
+        """Nodes emitted within the block go to `graph`, the body of a Scan or a branch of an If."""
         outer = self.graph
         self.graph = graph
         try:
@@ -130,8 +130,20 @@ class Emitter:
 
     def remove_dead(self, keep: Sequence[ir.Value]) -> None:
         """Remove emitted nodes and constants that nothing reads and that are not in `keep`."""
-        kept, own = set(keep), set(self.nodes)
-        waiting = list(self.nodes)
+        kept = set(keep)
+        self._remove(self.nodes, kept)
+        for key, value in list(self._constants.items()):
+            if not value.uses() and value not in kept:
+                del self._main.initializers[value.name]  # type: ignore[arg-type]
+                del self._constants[key]
+
+    def remove_unread(self, body: ir.Graph) -> None:
+        """Remove the nodes that the outputs of `body`, all of whose nodes were emitted, do not need."""
+        self._remove(body.all_nodes(), set())
+
+    def _remove(self, nodes: Iterable[ir.Node], kept: set[ir.Value]) -> None:
+        waiting = list(nodes)
+        own = set(waiting)
         while waiting:
             node = waiting.pop()
             if node not in own or node.graph is None:
@@ -145,10 +157,6 @@ class Emitter:
                     waiting.extend(attribute.as_graph())
             node.graph.remove(node, safe=True)
         self.nodes = [node for node in self.nodes if node.graph is not None]
-        for key, value in list(self._constants.items()):
-            if not value.uses() and value not in kept:
-                del self._main.initializers[value.name]  # type: ignore[arg-type]
-                del self._constants[key]
 
     def fresh(self, base: str) -> str:
         """Return a name in the current scope that nothing in the model has yet."""
@@ -213,7 +221,8 @@ class Emitter:
 
 def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
     """Iterate over the inputs, the initializers and what the nodes compute, in subgraphs too."""
-    yield from graph.inputs
-    yield from graph.initializers.values()
+    for each in (graph, *graph.subgraphs()):
+        yield from each.inputs
+        yield from each.initializers.values()
     for node in graph.all_nodes():
         yield from node.outputs

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 import onnx
 import onnx.reference
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, LiftSubgraphInitializersToMainGraphPass, NameFixPass
 
 from onnxcam import contrib
 from onnxcam.errors import OnnxcamError
+from onnxcam.subgraphs import bodies
 
 OLDEST_OPSET = 18
 """Older models are converted to this opset, the oldest that the gradient rules know."""
@@ -89,8 +90,9 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
 def normalise(model: ir.Model) -> ir.Model:
     """Check the model, inline its functions, bring it to opset 18 or newer and infer all types and shapes.
 
-    Shape arithmetic that comes to constants is worked out and noted on the values (``const_value``);
-    the nodes stay as they are.
+    Weights of subgraphs become weights of the main graph, which all other graphs can read. Shape arithmetic
+    that comes to constants is worked out and noted on the values (``const_value``); the nodes stay as they
+    are.
 
     Args:
         model: changed in place.
@@ -114,7 +116,7 @@ def normalise(model: ir.Model) -> ir.Model:
         # Then every weight had to be listed as an input; that is no choice of the author's.
         model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
         model.ir_version = 4
-    InlinePass()(model)
+    _flatten(model)
     if opset < OLDEST_OPSET:
         model = _convert(model, OLDEST_OPSET)
     _infer_shapes(model)
@@ -167,6 +169,43 @@ def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
                 raise
     except OSError as error:
         raise OnnxcamError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _flatten(model: ir.Model) -> None:
+    """Put the model's functions in the place of their calls, and weights of subgraphs into the main graph.
+
+    Raises:
+        OnnxcamError: a function cannot be inlined.
+    """
+    if not model.functions and not any(body.initializers for body in model.graph.subgraphs()):
+        return
+    for function in model.functions.values():
+        if _refers_to_graph(function):
+            name = f"{function.domain}.{function.name}"
+            raise OnnxcamError(
+                f"the model's function {name} cannot be inlined: it takes a graph as an attribute"
+            )
+        # The checker made sure that the function's operators are the same in the model's opset.
+        for domain in function.opset_imports.keys() & model.opset_imports.keys():
+            function.opset_imports[domain] = model.opset_imports[domain]
+        for i, value in enumerate(function.outputs):
+            if value.producer() is None:  # the inliner would rename what is passed in to what is passed out
+                function.append(ir.node("Identity", [value]))
+                function.outputs[i] = function[-1].outputs[0]
+        _name_nodes(function.graph)
+    _name_nodes(model.graph)
+    try:
+        InlinePass()(model)
+    except ValueError as error:
+        raise OnnxcamError(f"the model's functions cannot be inlined: {_first_line(error)}") from error
+    model.functions.clear()  # those that nothing calls
+    LiftSubgraphInitializersToMainGraphPass()(model)
+    NameFixPass()(model)  # neither looks into all subgraphs for the names that are taken
+
+
+def _refers_to_graph(graph: "ir.Graph | ir.Function") -> bool:
+    graphs = [a for node in graph for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return any(attribute.is_ref() or _refers_to_graph(attribute.as_graph()) for attribute in graphs)
 
 
 def _external_data(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int, int]:
@@ -275,22 +314,49 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
         if value.name not in inputs:
             result.graph.inputs.remove(value)
     if model.graph.opset_imports[""] < 11:
-        _restore_resizing(result.graph)
-    # The converter drops what exporters note on nodes, such as module paths, and some of their names.
-    before = {node.outputs[0].name: node for node in model.graph if node.outputs}
-    named = {node.name for node in result.graph}
-    for node in result.graph:
-        old = before.get(node.outputs[0].name) if node.outputs else None
+        _restore_resizing(result.graph.all_nodes())
+    _restore_notes(model.graph, result.graph)
+    return result
+
+
+def _restore_notes(before: ir.Graph, after: ir.Graph) -> None:
+    """Give nodes that were converted their names and notes back, and values the types that the author stated.
+
+    The converter drops what exporters note on nodes, such as module paths, and some of their names. It
+    takes the type of one branch of an If for that of both.
+    """
+    makers, named = _makers(before), {node.name for node in after}
+    stated = {name: value for node in before for name, value in _outputs(node).items()}
+    for node in after:
+        old = _any_of(makers, _outputs(node))
         if old is not None:
             node.metadata_props.update(old.metadata_props)
             if old.name not in named:
                 node.name = old.name
-    return result
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.GRAPH and name in old.attributes:
+                    _restore_notes(old.attributes[name].as_graph(), attribute.as_graph())
+        for name, value in _outputs(node).items():
+            known = stated.get(name)
+            value.type, value.shape = (known.type, known.shape) if known is not None else (None, None)
 
 
-def _restore_resizing(graph: ir.Graph) -> None:
+def _outputs(node: ir.Node) -> dict[str, ir.Value]:
+    return {value.name: value for value in node.outputs if value.name}
+
+
+def _makers(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Return the nodes of `graph` by the names of what they compute."""
+    return {name: node for node in graph for name in _outputs(node)}
+
+
+def _any_of(makers: Mapping[str, ir.Node], names: Iterable[str]) -> ir.Node | None:
+    return next((makers[name] for name in names if name in makers), None)
+
+
+def _restore_resizing(nodes: Iterable[ir.Node]) -> None:
     """Give Resize what Upsample and Resize did before opset 11; the converter leaves the new default."""
-    for node in graph:
+    for node in nodes:
         if node.op_type == "Resize":
             scales = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2] is not None else None
             shrinks = scales is not None and scales.numpy().min() < 1
@@ -301,33 +367,43 @@ def _restore_resizing(graph: ir.Graph) -> None:
 def _infer_shapes(model: ir.Model) -> None:
     """Write onnx's inferred types and shapes onto the values of the model."""
     with _lightened(model) as proto:
-        nodes = [known for node in proto.graph.node for known in contrib.stand_ins(node)]
-        del proto.graph.node[:]
-        proto.graph.node.extend(nodes)
+        contrib.stand_in(proto.graph)
         try:
             inferred = onnx.shape_inference.infer_shapes(
                 proto, check_type=True, strict_mode=True, data_prop=True
             )
         except onnx.shape_inference.InferenceError as error:
             raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    for info in [*inferred.graph.value_info, *inferred.graph.output]:
-        value = values.get(info.name)
-        if value is not None and not (value.is_graph_output() and value.shape is not None):
+    _take_types(model.graph, inferred.graph, {v for v in model.graph.outputs if v.shape is not None})
+
+
+def _take_types(graph: ir.Graph, proto: onnx.GraphProto, stated: Set[ir.Value]) -> None:
+    """Write the types and shapes in `proto` onto the values of `graph` that are not in `stated`."""
+    makers = _makers(graph)
+    for info in [*proto.value_info, *proto.output]:
+        maker = makers.get(info.name)
+        value = None if maker is None else _outputs(maker)[info.name]
+        if value is not None and value not in stated:
             value.type = ir.serde.deserialize_type_proto_for_type(info.type)
             value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+    for node in proto.node:
+        maker = _any_of(makers, node.output)
+        for attribute in node.attribute:
+            if maker is not None and attribute.HasField("g"):
+                _take_types(maker.attributes[attribute.name].as_graph(), attribute.g, stated)
 
 
 def _name_nodes(graph: ir.Graph) -> None:
     """Give nodes that have no name one, so that messages and added nodes can refer to them."""
-    taken = {node.name for node in graph}
-    for index, node in enumerate(graph):
-        if not node.name:
-            name = f"{node.op_type}_{index}"
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            node.name = name
+    taken = {node.name for node in graph.all_nodes()}
+    for each in (graph, *graph.subgraphs()):
+        for index, node in enumerate(each):
+            if not node.name:
+                name = f"{node.op_type}_{index}"
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                node.name = name
 
 
 def _note_constants(graph: ir.Graph) -> None:
@@ -335,11 +411,12 @@ def _note_constants(graph: ir.Graph) -> None:
 
     Only integers, because shape arithmetic is exact whoever computes it.
     """
-    for node in graph:
+    opset = graph.opset_imports[""]
+    for node in graph.all_nodes():
         value = node.outputs[0] if len(node.outputs) == 1 else None
         if value is None or node.domain or node.op_type == "Constant" or value.const_value is not None:
             continue
-        array = _static_shape(node) if node.op_type == "Shape" else _computed(node, graph)
+        array = _static_shape(node) if node.op_type == "Shape" else _computed(node, opset)
         if array is not None and array.size <= _SMALL and array.dtype.kind in "iub":
             value.const_value = ir.tensor(array, name=value.name)
 
@@ -355,9 +432,9 @@ def _static_shape(node: ir.Node) -> np.ndarray | None:
     return np.array(sizes, np.int64)
 
 
-def _computed(node: ir.Node, graph: ir.Graph) -> np.ndarray | None:
+def _computed(node: ir.Node, opset: int) -> np.ndarray | None:
     """Evaluate `node` if all it reads is small and constant and it has no subgraph."""
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+    if bodies(node):
         return None
     feeds = {}
     for value in node.inputs:
@@ -370,7 +447,7 @@ def _computed(node: ir.Node, graph: ir.Graph) -> np.ndarray | None:
     if not node.inputs:
         return None
     try:
-        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(node), opsets={"": graph.opset_imports[""]})
+        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(node), opsets={"": opset})
         (result,) = evaluator.run(None, feeds)
     except Exception:  # what the reference cannot evaluate stays a computed value
         return None

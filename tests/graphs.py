@@ -43,8 +43,10 @@ def build(graph, *, dtype="float", opset=18, ir_version=10, seed=0, **weights):
 
 
 def _free(graph):
+    """What the nodes of `graph` and of its branches read but nothing makes."""
     made = {name for node in graph.node for name in node.output} | {v.name for v in graph.input}
-    return {name for node in graph.node for name in node.input} - made
+    read = {name for node in graph.node for name in node.input}
+    return read.union(*(_free(a.g) for node in graph.node for a in node.attribute if a.HasField("g"))) - made
 
 
 # One convolution, pooling and a matrix: the gradient at r depends on nothing but the class.
