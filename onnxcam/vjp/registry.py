@@ -63,10 +63,27 @@ RULES: dict[tuple[str, str], Rule] = {}
 
 
 def vjp(*op_types: str, domain: str = "") -> Callable[[_F], _F]:
-    """Register the decorated function as the gradient rule of the operators named; see `Rule`."""
+    """Register the decorated function as the gradient rule of operators, in place of one they may have.
+
+    `onnxcam.vjp` describes the function.
+
+    Args:
+        op_types: names of the operators.
+        domain: theirs, as in the nodes of the model; by default ONNX's own.
+
+    Returns:
+        A decorator that leaves the function as it is.
+
+    Raises:
+        TypeError: from the decorator; the function has fewer parameters than a rule.
+    """
 
     def register(function: _F) -> _F:
         parameters = inspect.signature(function).parameters
+        if len(parameters) < 3:
+            raise TypeError(
+                f"a gradient rule takes op, dy, y and the node's inputs; {function.__name__} does not"
+            )
         rule = Rule(
             function,
             every_output=list(parameters)[1] == "dys",
