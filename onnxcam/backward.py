@@ -1,51 +1,46 @@
 """The reverse walk: from the gradient of a score back to the gradient of one activation."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
+from onnxcam.subgraphs import branches, emit_if, is_if, reads
 from onnxcam.vjp import RULES, Rule
+from onnxcam.vjp.shapes import reshape_like, zeros_like
+
+_LOOPS = ("Loop", "Scan", "SequenceMap")
 
 
 def path(output: ir.Value, source: ir.Value) -> list[ir.Node]:
     """Return the nodes through which `source` can influence `output`, in the order they run.
 
     Only floating-point values carry influence, and quantised ones, which stand for floating-point
-    values: a gradient does not pass through indices or shapes.
+    values: a gradient does not pass through indices, shapes or the condition of an If.
     """
-    ancestors: list[ir.Node] = []
-    seen: set[ir.Node] = set()
-    stop = source.producer()
-    stack = [(output.producer(), False)]
-    while stack:
-        node, expanded = stack.pop()
-        if node is None or node is stop:
+    graph = _graph(output)
+    return _between(graph, [output], influenced(graph, [source]))
+
+
+def influenced(graph: ir.Graph, sources: Iterable[ir.Value]) -> set[ir.Value]:
+    """Return `sources` and what they influence in `graph` and in the branches of its Ifs."""
+    found = set(sources)
+    _spread(graph, found)
+    return found
+
+
+def _spread(graph: ir.Graph, found: set[ir.Value]) -> None:
+    for node in graph:
+        if found.isdisjoint(reads(node)):
             continue
-        if expanded:
-            ancestors.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((value.producer(), False) for value in _reads(node))
-    depends = {source}
-    on_path = []
-    for node in ancestors:
-        if any(value in depends for value in _reads(node)):
-            reached = [v for v in node.outputs if _carries(node, v, depends)]
-            if reached:
-                depends.update(reached)
-                on_path.append(node)
-    return on_path
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """Return the values that `node` reads, those that its subgraphs capture included."""
-    bodies = [a.value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-    inner = [n for body in bodies for n in ir.traversal.RecursiveGraphIterator(body)]
-    captured = [v for n in inner for v in n.inputs if v is not None and v.graph is node.graph]
-    return [v for v in node.inputs if v is not None] + captured
+        if is_if(node):
+            for branch in branches(node):
+                _spread(branch, found)
+            ends = zip(node.outputs, *(branch.outputs for branch in branches(node)), strict=True)
+            found.update([value for value, *inner in ends if not found.isdisjoint(inner)])
+        else:
+            found.update([value for value in node.outputs if _carries(node, value, found)])
 
 
 def _carries(node: ir.Node, value: ir.Value, depends: set[ir.Value]) -> bool:
@@ -59,6 +54,19 @@ def _carries(node: ir.Node, value: ir.Value, depends: set[ir.Value]) -> bool:
     )
 
 
+def _between(graph: ir.Graph, outputs: Iterable[ir.Value], active: set[ir.Value]) -> list[ir.Node]:
+    """Return the nodes of `graph`, in order, through which values in `active` reach `outputs`."""
+    needed = set(outputs)
+    found = []
+    for node in reversed(graph):
+        if any(value in needed and value in active for value in node.outputs):
+            read = reads(node)
+            if not active.isdisjoint(read):
+                needed.update(read)
+                found.append(node)
+    return found[::-1]
+
+
 def gradient(
     op: Emitter,
     output: ir.Value,
@@ -66,56 +74,147 @@ def gradient(
     source: ir.Value,
     rules: Mapping[tuple[str, str], Rule] = RULES,
 ) -> ir.Value | None:
-    """Emit the gradient of ``sum(seed * output)`` with respect to `source`.
+    """Emit the gradient of ``sum(seed * output)`` with respect to `source`; see `gradients`."""
+    return gradients(op, {output: seed}, [source], rules)[0]
+
+
+def gradients(
+    op: Emitter,
+    seeds: Mapping[ir.Value, ir.Value],
+    sources: Sequence[ir.Value],
+    rules: Mapping[tuple[str, str], Rule] = RULES,
+) -> list[ir.Value | None]:
+    """Emit the gradients of the sum of all ``seed * output`` with respect to `sources`.
 
     Args:
         op: where the nodes go.
-        output: a floating-point value of the graph.
-        seed: same shape and dtype as `output`.
-        source: any floating-point value of the graph.
+        seeds: floating-point values of one graph, and for each a value of the same shape and dtype.
+        sources: floating-point values of that graph.
         rules: the rule of each operator.
 
     Returns:
-        A value of the shape and dtype of `source`, or None if `source` does not influence `output`.
+        For each source a value of its shape and dtype, or None if it influences no output.
 
     Raises:
         OnnxcamError: an operator on the way has no rule, or one that does not cover the node.
     """
-    if output is source:
-        return seed
-    gradients: dict[ir.Value, ir.Value] = {output: seed}
-    active = {source}
-    nodes = path(output, source)
-    for node in nodes:
-        active.update(node.outputs)
+    with op.scope("gradient"):
+        return _walk(op, _graph(next(iter(seeds))), seeds, sources, rules)
+
+
+def _graph(value: ir.Value) -> ir.Graph:
+    assert value.graph is not None
+    return value.graph
+
+
+def _walk(
+    op: Emitter,
+    graph: ir.Graph,
+    seeds: Mapping[ir.Value, ir.Value],
+    sources: Sequence[ir.Value],
+    rules: Mapping[tuple[str, str], Rule],
+) -> list[ir.Value | None]:
+    """Emit the gradients of values of `graph`, which is the main graph or a branch that reads `sources`."""
+    found = dict(seeds)
+    active = influenced(graph, sources)
+    nodes = _between(graph, seeds, active)
     for node in reversed(nodes):
-        arriving = [gradients.get(value) for value in node.outputs]
+        arriving = [found.get(value) for value in node.outputs]
         if all(dy is None for dy in arriving):
             continue
-        rule = rules.get((node.domain, node.op_type))
-        if rule is None:
-            raise OnnxcamError(_no_rule(node, rules))
-        with op.scope("gradient"), op.scope(node.name or node.op_type):
+        with op.scope(node.name or node.op_type):
             try:
-                leaving = rule(op, node, arriving)
+                leaving = _through(op, node, arriving, active, rules)
             except OnnxcamError:
                 # Nothing may be known of a value only because an operator before it is unknown.
-                unknown = next((n for n in nodes if (n.domain, n.op_type) not in rules), None)
-                if unknown is None:
-                    raise
-                raise OnnxcamError(_no_rule(unknown, rules)) from None
-            for value, dx in zip(node.inputs, leaving, strict=True):
-                if value is None or dx is None or value not in active:
-                    continue
-                before = gradients.get(value)
-                gradients[value] = dx if before is None else op.Add(before, dx)
-    return gradients.get(source)
+                for before in sorted(_with_branches(nodes, active), key=lambda n: n.op_type not in _LOOPS):
+                    _check_known(before, rules)
+                raise
+            for value, dx in leaving:
+                if value is not None and dx is not None and value in active:
+                    _add(op, found, value, dx)
+    return [found.get(source) for source in sources]
 
 
-def _no_rule(node: ir.Node, rules: Iterable[tuple[str, str]]) -> str:
-    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    known = ", ".join(sorted(name if not domain else f"{domain}.{name}" for domain, name in rules))
-    return (
-        f"there is no gradient rule for the operator {operator} (node {node.name!r}), "
-        f"which lies between the layer and the scores. Operators with a rule: {known}"
+def _add(op: Emitter, found: dict[ir.Value, ir.Value], value: ir.Value, dx: ir.Value) -> None:
+    found[value] = op.Add(found[value], dx) if value in found else dx
+
+
+def _through(
+    op: Emitter,
+    node: ir.Node,
+    arriving: list[ir.Value | None],
+    active: set[ir.Value],
+    rules: Mapping[tuple[str, str], Rule],
+) -> Iterable[tuple[ir.Value | None, ir.Value | None]]:
+    """Return pairs of a value that `node` reads and its gradient."""
+    if is_if(node):
+        return _through_if(op, node, arriving, active, rules)
+    _check_known(node, rules)
+    return zip(node.inputs, rules[node.domain, node.op_type](op, node, arriving), strict=True)
+
+
+def _through_if(
+    op: Emitter,
+    node: ir.Node,
+    arriving: list[ir.Value | None],
+    active: set[ir.Value],
+    rules: Mapping[tuple[str, str], Rule],
+) -> Iterable[tuple[ir.Value, ir.Value]]:
+    """Emit an If on the same condition; each of its branches is the gradient of that branch of `node`."""
+    captured = [value for value in dict.fromkeys(reads(node)) if value in active]
+    bodies, parts = [], []
+    for branch in branches(node):
+        body = ir.Graph([], [], nodes=[], name=op.fresh("branch"))
+        with op.body(body):
+            seeds: dict[ir.Value, ir.Value] = {}
+            for y, dy in zip(branch.outputs, arriving, strict=True):
+                if dy is not None:
+                    _add(op, seeds, y, _of_rank(op, dy, y))
+            parts.append(_walk(op, branch, seeds, captured, rules))
+        bodies.append(body)
+    reached = [i for i, dxs in enumerate(zip(*parts, strict=True)) if any(dx is not None for dx in dxs)]
+    if not reached:
+        return []
+    for body, dxs in zip(bodies, parts, strict=True):
+        with op.body(body):
+            for i in reached:
+                dx = dxs[i] or zeros_like(op, captured[i])
+                own = dx.graph is body and dx not in body.outputs
+                body.outputs.append(dx if own else op.Identity(dx))
+    values = [captured[i] for i in reached]
+    return zip(values, emit_if(op, node, bodies, values), strict=True)
+
+
+def _of_rank(op: Emitter, dy: ir.Value, y: ir.Value) -> ir.Value:
+    """View `dy` as the gradient of a branch's output `y`; the other branch may have other dimensions."""
+    if y.shape is None or (dy.shape is not None and len(dy.shape) == len(y.shape)):
+        return dy
+    return reshape_like(op, dy, y)
+
+
+def _with_branches(nodes: Iterable[ir.Node], active: set[ir.Value]) -> Iterator[ir.Node]:
+    """Iterate over `nodes` and those in their branches through which a gradient passes."""
+    for node in nodes:
+        yield node
+        if is_if(node):
+            for branch in branches(node):
+                yield from _with_branches(_between(branch, branch.outputs, active), active)
+
+
+def _check_known(node: ir.Node, rules: Mapping[tuple[str, str], Rule]) -> None:
+    if is_if(node) or (node.domain, node.op_type) in rules:
+        return
+    operator, remedy = node.op_type, "replace it; 'onnxcam operators' lists the operators that have a rule"
+    if node.domain:
+        operator = f"{node.domain}.{node.op_type}"
+        remedy = (
+            "register a rule in Python: from onnxcam.vjp import vjp, then "
+            f"@vjp({node.op_type!r}, domain={node.domain!r}) on a function that help('onnxcam.vjp') describes"
+        )
+    elif node.op_type in _LOOPS:
+        remedy = "export the model with the loop unrolled"
+    raise OnnxcamError(
+        f"there is no gradient rule for the operator {operator} (node {node.name!r}), through which "
+        f"the gradient must pass; choose a layer after it, or {remedy}"
     )

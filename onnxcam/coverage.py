@@ -4,10 +4,15 @@ import onnx
 
 from onnxcam.vjp import RULES
 
+_LOOP = "a loop; export the model with it unrolled"
+
 _NO_RULE = {
     "LinearAttention": "no runtime has a kernel to check a rule against",
+    "Loop": _LOOP,
     "MaxRoiPool": "its bins are laid out by boxes that the model computes: detection, not classification",
     "NegativeLogLikelihoodLoss": "a loss: it needs the true class and comes after the scores",
+    "Scan": _LOOP,
+    "SequenceMap": _LOOP,
     "SoftmaxCrossEntropyLoss": "a loss: it needs the true class and comes after the scores",
 }
 
@@ -29,11 +34,14 @@ def table() -> str:
         if any(given.differentiation_category == _DIFFERENTIABLE for given in schema.inputs)
     }
     lines = ["| operator | since opset | gradient | tests |", "|---|---|---|---|"]
-    for domain, name in sorted(tagged | RULES.keys()):
+    control = {("", "If"), *(("", name) for name, reason in _NO_RULE.items() if reason == _LOOP)}
+    for domain, name in sorted(tagged | control | RULES.keys()):
         operator = f"{domain}.{name}" if domain else name
         since = ", ".join(map(str, sorted(versions.get(name, ())))) if not domain else "1"
         rule = RULES.get((domain, name))
-        if rule is None:
+        if (domain, name) == ("", "If"):
+            lines.append(f"| {operator} | {since} | `backward.py` | `tests/test_control.py` |")
+        elif rule is None:
             lines.append(f"| {operator} | {since} | none: {_NO_RULE.get(name, _NEWER)} | |")
         else:
             room = rule.function.__module__.rpartition(".")[2]

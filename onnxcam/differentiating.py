@@ -9,9 +9,10 @@ from onnx_ir import Value
 
 from onnxcam import onnxfile
 from onnxcam.attaching import prepared
-from onnxcam.backward import gradient as walk_back
+from onnxcam.backward import gradients
 from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError, suggest
+from onnxcam.subgraphs import refuse_inner
 
 PREFIX = "gradient"
 
@@ -44,21 +45,23 @@ def gradient(
     own = prepared(model)
     graph = own.graph
     values = {value.name or "": value for value in all_values(graph)}
-    sources = _named("value", _names(wrt), values)
+    visible = {name: value for name, value in values.items() if value.graph is graph}
+    for name in _names(wrt):
+        if name not in visible:
+            refuse_inner(graph, "value", name)
+    sources = _named("value", _names(wrt), visible)
     results = _named("output", _names(outputs), {value.name or "": value for value in graph.outputs})
     op = Emitter(graph, graph.opset_imports[""], PREFIX)
-    seeds = []
+    seeds = {}
     for result in results:
         seed = Value(name=_free(f"{result.name}_seed", values), shape=result.shape, type=result.type)
         graph.inputs.append(seed)
-        seeds.append(seed)
+        seeds[result] = seed
     found = []
-    for source in sources:
-        parts = [walk_back(op, y, seed, source) for y, seed in zip(results, seeds, strict=True)]
-        present = [part for part in parts if part is not None]
-        if not present:
+    for source, part in zip(sources, gradients(op, seeds, sources), strict=True):
+        if part is None:
             raise OnnxcamError(f"no gradient reaches {source.name!r} from {', '.join(_names(outputs))}")
-        found.append(op.Identity(present[0]) if len(present) == 1 else op.Sum(*present))
+        found.append(op.Identity(part))
     for source, value in zip(sources, found, strict=True):
         value.name, value.shape = _free(f"{source.name}_gradient", values), source.shape
         graph.outputs.append(value)
@@ -81,7 +84,11 @@ def _named(what: str, names: Sequence[str], values: dict[str, Value]) -> list[Va
         if name not in values:
             raise OnnxcamError(f"the model has no {what} {name!r}{suggest(name, values)}")
         dtype = values[name].dtype
-        if dtype is None or not dtype.is_floating_point():
+        if dtype is None:
+            raise OnnxcamError(
+                f"the type of {what} {name!r} is unknown; declare it in the model (its value_info)"
+            )
+        if not dtype.is_floating_point():
             raise OnnxcamError(f"{what} {name!r} is not of floating point and has no gradient")
     return [values[name] for name in dict.fromkeys(names)]
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
+from onnxcam.subgraphs import reads
 from onnxcam.vjp.shapes import constant_array, dims, is_constant
 
 PLANES, CHANNELS_LAST, TOKENS = "NCHW", "NHWC", "NTC"
@@ -20,8 +21,8 @@ _ON_PLANES = frozenset([
     "FusedConv",
 ])  # fmt: skip
 _REORDERING = frozenset([
-    "Attention", "Einsum", "Expand", "Gather", "GatherElements", "GatherND", "Gemm", "LSTM", "GRU", "MatMul",
-    "Reshape", "ScatterElements", "ScatterND", "Softmax", "Transpose", "FusedMatMul",
+    "Attention", "Einsum", "Expand", "Gather", "GatherElements", "GatherND", "Gemm", "If", "LSTM", "Loop",
+    "GRU", "MatMul", "Reshape", "Scan", "ScatterElements", "ScatterND", "Softmax", "Transpose", "FusedMatMul",
 ])  # fmt: skip
 _TURNS: dict[tuple[int, ...], tuple[str, str]] = {
     (0, 2, 3, 1): (PLANES, CHANNELS_LAST),
@@ -120,9 +121,7 @@ def live_tokens(nodes: Sequence[ir.Node], logits: Value) -> dict[Value, np.ndarr
         arriving = [masks[value] for value in node.outputs if value in masks]
         if not arriving:
             continue
-        for value in node.inputs:
-            if value is None:
-                continue
+        for value in reads(node):
             mask = _tokens_read(node, value, arriving[0] if len(node.outputs) == 1 else None)
             before = masks.get(value, np.zeros(0, bool))
             if before is None or mask is None:
@@ -138,7 +137,7 @@ def bottlenecks(nodes: Sequence[ir.Node], logits: Value) -> Iterator[Value]:
     last = dict.fromkeys(produced, -1)
     last[logits] = len(nodes)
     for i, node in enumerate(nodes):
-        for value in node.inputs:
+        for value in reads(node):
             if value in last:
                 last[value] = max(last[value], i)
     reach = -1

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxcam.backward import path
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.grid import PLANES, TOKENS, Grid, bottlenecks, grids, live_tokens, pooled_order
+from onnxcam.subgraphs import refuse_inner, within
 from onnxcam.vjp.shapes import dims, is_constant
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "FusedConv", "FusedGemm", "FusedMatMul")
@@ -162,7 +163,8 @@ def default(layers: list[Layer], source: ir.Value, logits: ir.Value) -> Layer:
         on_trunk = layer.grid.order == PLANES or layer.value in through or layer.operator in NORMALISATIONS
         if not on_trunk or layer.unreached:
             continue
-        if any(_is_weighted(node) for node in path(logits, layer.value)):
+        after = path(logits, layer.value)
+        if any(_is_weighted(inner) for node in after for inner in within(node)):
             return layer
     raise OnnxcamError(
         "the model has no feature map with more than one position before its scores; "
@@ -179,6 +181,7 @@ def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Laye
     """
     value = _named(model, name)
     if value is None:
+        refuse_inner(model.graph, "layer", name)
         nodes = list(model.graph)
         known = [n.name for n in nodes] + [v.name for n in nodes for v in n.outputs]
         modules = [m for n in nodes if (m := module_path(n)) is not None]

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
-from onnxcam.backward import gradient, path
+from onnxcam.backward import gradient, influenced, path
 from onnxcam.emit import Emitter
 from onnxcam.vjp import RULES, Rule
 from onnxcam.vjp.shapes import dims, is_constant
@@ -74,8 +74,7 @@ def class_gradients(
     Returns:
         [N,K,...], or None if `source` does not influence `scores`.
     """
-    between = path(scores, source)
-    forward = [source, *(value for node in between for value in node.outputs)]
+    between, forward = path(scores, source), influenced(op.graph, [source])
     batch, first = dims(scores)[0], len(op.nodes)
     _rename_rows(forward, batch, ROWS)
     seed = Value(name=op.fresh("seed"), shape=scores.shape, type=scores.type)

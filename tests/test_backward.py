@@ -151,17 +151,28 @@ def test_no_rule():
     with pytest.raises(OnnxcamError) as caught:
         differentiate(text, "x", rules=rules)
     message = str(caught.value)
-    assert message.startswith(
-        "there is no gradient rule for the operator Exp (node 'Exp_0'), which lies between"
+    assert message == (
+        "there is no gradient rule for the operator Exp (node 'Exp_0'), through which the gradient must pass"
+        "; choose a layer after it, or replace it; 'onnxcam operators' lists the operators that have a rule"
     )
-    assert " Abs, " in message
-    assert "\n" not in message
 
 
 def test_no_rule_is_needed_off_the_path():
     text = "(T[N,3] x) => (T[N,3] y) <T[3] k> { a = Exp(x) b = Neg(a) c = Exp(b) y = Sub(b, k) }"
     rules = {key: rule for key, rule in RULES.items() if key != ("", "Exp")}
     assert differentiate(text, "a", rules=rules) is not None
+
+
+def test_what_is_unknown_because_of_an_operator_without_a_rule_is_not_the_complaint():
+    model, values = parsed("(T[3,3] x) => (T[3,3] y) { a = Exp(x) b = Tanh(a) c = Abs(b) y = MatMul(c, a) }")
+    values["c"].shape = None
+    op = Emitter(model.graph, 18, "cam")
+    seed = ir.Value(name="seed", shape=values["y"].shape, type=values["y"].type)
+    with pytest.raises(OnnxcamError, match=r"dimensions of value 'c' .* 'c', which node 'Abs_2' \(Abs\)"):
+        gradient(op, values["y"], seed, values["x"])
+    rules = {key: rule for key, rule in RULES.items() if key != ("", "Exp")}
+    with pytest.raises(OnnxcamError, match=r"no gradient rule for the operator Exp \(node 'Exp_0'\)"):
+        gradient(op, values["y"], seed, values["x"], rules)
 
 
 def test_an_attribute_that_the_rule_does_not_know():
@@ -184,31 +195,6 @@ def test_a_gradient_at_an_output_that_the_rule_does_not_know():
         OnnxcamError, match=r"no gradient through the second output of Split \(node 'Split_0'\)"
     ):
         differentiate(text, "x", rules=rules)
-
-
-BRANCHES = """(T[N,3,8,10] x, bool on) => (T[N,5] scores) <T[4,3,3,3] w, T[4,5] fc, T two = {2.0}>
-{
-    c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w)
-    r = Relu(c)
-    s = If (on) <
-        then_branch = a () => (T[N,4,8,10] t) { t = Mul(r, two) },
-        else_branch = b () => (T[N,4,8,10] e) { e = Identity(r) }
-    >
-    p = GlobalAveragePool(%s)
-    f = Flatten(p)
-    scores = MatMul(f, fc)
-}"""
-
-
-def test_what_a_subgraph_captures_is_not_overlooked():
-    """The layer's only way to the scores, or one of two, leads through the branches of an If."""
-    with pytest.raises(OnnxcamError, match=r"no gradient rule for the operator If \(node 'If_2'\)"):
-        attach(build(BRANCHES % "s"), layer="r")
-    both = BRANCHES.replace("p = G", "m = Add(s, r) p = G") % "m"
-    with pytest.raises(OnnxcamError, match="operator If"):
-        attach(build(both), layer="r")
-    assert attach(build(both), layer="m")
-    assert attach(build(BRANCHES % "r"), layer="r")
 
 
 def test_names_tell_which_node_a_gradient_belongs_to():

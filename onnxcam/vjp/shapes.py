@@ -23,8 +23,19 @@ def rank(x: Value) -> int:
         OnnxcamError: the graph does not say.
     """
     if x.shape is None:
-        raise OnnxcamError(f"the number of dimensions of value {x.name!r} is unknown")
+        raise OnnxcamError(f"the number of dimensions of value {x.name!r} is unknown{_reason(x)}")
     return len(x.shape)
+
+
+def _reason(x: Value) -> str:
+    """Say with which value the shapes began to be unknown, and what to do."""
+    first: Value | None = x
+    while first is not None:
+        x, node = first, first.producer()
+        first = next((v for v in node.inputs if v is not None and v.shape is None), None) if node else None
+    node = x.producer()
+    where = f", which node {node.name!r} ({node.op_type}) computes" if node else ""
+    return f": nothing tells the shape of {x.name!r}{where}. Declare it in the model (its value_info)"
 
 
 def dims(x: Value) -> list[int | str | None]:
@@ -153,9 +164,9 @@ def scatter_add(op: Emitter, op_type: str, x: Value, places: Value, dy: Value, *
 
 
 def reshape_like(op: Emitter, dy: Value, x: Value) -> Value:
-    """Reshape `dy` to the shape of `x`."""
-    sizes = dims(x)
-    if 0 in sizes:
+    """Reshape `dy` to the shape of `x`, of which not even the number of dimensions need be known."""
+    sizes = None if x.shape is None else dims(x)
+    if sizes is None or 0 in sizes:
         return op.Reshape(dy, op.Shape(x), allowzero=1)
     if not sizes:
         return op.Reshape(dy, [])
@@ -185,7 +196,7 @@ def unbroadcast(op: Emitter, dy: Value | None, x: Value, y: Value) -> Value | No
     """Sum `dy`, which has the shape of `y`, over the axes along which `x` was broadcast to `y`."""
     if dy is None:
         return None
-    if y.shape is None:
+    if y.shape is None or x.shape is None:
         return unbroadcast_at_run_time(op, dy, x, None)
     wide, narrow = dims(y), dims(x)
     lead = len(wide) - len(narrow)
@@ -217,7 +228,7 @@ def unbroadcast_at_run_time(op: Emitter, dy: Value, x: Value, lead: int | None =
     shape = op.Shape(x)
     padded = shape
     if lead is None:
-        count = op.Sub(op.Shape(op.Shape(dy)), rank(x))
+        count = op.Sub(op.Shape(op.Shape(dy)), op.Shape(shape) if x.shape is None else rank(x))
         padded = op.Concat(op.ConstantOfShape(count, value=ir.tensor([1])), shape, axis=0)
     elif lead:
         padded = op.Concat(np.ones(lead, np.int64), shape, axis=0)
