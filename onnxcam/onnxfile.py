@@ -17,7 +17,6 @@ from onnx_ir.passes.common import InlinePass, LiftSubgraphInitializersToMainGrap
 from onnxcam import contrib
 from onnxcam.errors import OnnxcamError
 from onnxcam.sizes import SMALL, settle
-from onnxcam.subgraphs import bodies
 
 OLDEST_OPSET = 18
 """Older models are converted to this opset, the oldest that the gradient rules know."""
