@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from onnxcam import contrib
+from onnxcam import ceiled, contrib
 from onnxcam.errors import OnnxcamError
 from onnxcam.sizes import SMALL, settle
 
@@ -309,22 +309,36 @@ def _restore_resizing(graph: ir.Graph) -> None:
 
 def _infer_shapes(model: ir.Model) -> None:
     """Write onnx's inferred types and shapes onto the values of the model."""
-    with _lightened(model) as proto:
-        nodes = [known for node in proto.graph.node for known in contrib.stand_ins(node)]
-        del proto.graph.node[:]
-        proto.graph.node.extend(nodes)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(
-                proto, check_type=True, strict_mode=True, data_prop=True
-            )
-        except onnx.shape_inference.InferenceError as error:
-            raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
+    if model.graph.opset_imports[""] < ceiled.CORRECTED and any(map(ceiled.is_ceiled, model.graph)):
+        while ceiled.restate(model.graph, _known_shapes(model)):
+            pass
+    try:
+        inferred = _inferred(model, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
     values = {value.name: value for node in model.graph for value in node.outputs}
-    for info in [*inferred.graph.value_info, *inferred.graph.output]:
+    for info in [*inferred.value_info, *inferred.output]:
         value = values.get(info.name)
         if value is not None and not (value.is_graph_output() and value.shape is not None):
             value.type = ir.serde.deserialize_type_proto_for_type(info.type)
             value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+
+
+def _known_shapes(model: ir.Model) -> dict[str, list[int | None]]:
+    """Infer the shapes of all values up to where they contradict each other."""
+    inferred = _inferred(model)
+    return {
+        info.name: [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
+        for info in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
+
+
+def _inferred(model: ir.Model, **strictness: bool) -> onnx.GraphProto:
+    with _lightened(model) as proto:
+        nodes = [known for node in proto.graph.node for known in contrib.stand_ins(node)]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True, **strictness).graph
 
 
 def _name_nodes(graph: ir.Graph) -> None:
