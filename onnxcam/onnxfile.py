@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftSubgraphInitializersToMainGraphPass, NameFixPass
 
-from onnxcam import contrib
+from onnxcam import ceiled, contrib
 from onnxcam.errors import OnnxcamError
 from onnxcam.sizes import SMALL, settle
 
@@ -374,15 +374,14 @@ def _restore_resizing(nodes: Iterable[ir.Node]) -> None:
 
 def _infer_shapes(model: ir.Model) -> None:
     """Write onnx's inferred types and shapes onto the values of the model."""
-    with _lightened(model) as proto:
-        contrib.stand_in(proto.graph)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(
-                proto, check_type=True, strict_mode=True, data_prop=True
-            )
-        except onnx.shape_inference.InferenceError as error:
-            raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
-    _take_types(model.graph, inferred.graph, {v for v in model.graph.outputs if v.shape is not None})
+    if model.graph.opset_imports[""] < ceiled.CORRECTED and any(map(ceiled.is_ceiled, model.graph)):
+        while ceiled.restate(model.graph, _known_shapes(model)):
+            pass
+    try:
+        inferred = _inferred(model, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise OnnxcamError(f"the model's shapes do not fit together: {_first_line(error)}") from error
+    _take_types(model.graph, inferred, {v for v in model.graph.outputs if v.shape is not None})
 
 
 def _take_types(graph: ir.Graph, proto: onnx.GraphProto, stated: Set[ir.Value]) -> None:
@@ -399,6 +398,21 @@ def _take_types(graph: ir.Graph, proto: onnx.GraphProto, stated: Set[ir.Value]) 
         for attribute in node.attribute:
             if maker is not None and attribute.HasField("g"):
                 _take_types(maker.attributes[attribute.name].as_graph(), attribute.g, stated)
+
+
+def _known_shapes(model: ir.Model) -> dict[str, list[int | None]]:
+    """Infer the shapes of all values up to where they contradict each other."""
+    inferred = _inferred(model)
+    return {
+        info.name: [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
+        for info in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
+
+
+def _inferred(model: ir.Model, **strictness: bool) -> onnx.GraphProto:
+    with _lightened(model) as proto:
+        contrib.stand_in(proto.graph)
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True, **strictness).graph
 
 
 def _name_nodes(graph: ir.Graph) -> None:

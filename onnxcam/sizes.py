@@ -16,7 +16,7 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 
-from onnxcam import contrib
+from onnxcam import ceiled, contrib
 
 SMALL = 1024
 """Constants of up to this many elements are worked out beforehand, larger ones left to the runtime."""
@@ -197,6 +197,8 @@ def _inferred(node: ir.Node, opset: int) -> dict[str, list[Size] | None]:
         tensor = _constant(value)
         if tensor is not None:
             data[value.name] = ir.serde.serialize_tensor(tensor)
+    if ceiled.is_ceiled(node):
+        opset = max(opset, ceiled.CORRECTED)
     imports = [onnx.helper.make_opsetid("", opset)]
     for plain in contrib.stand_ins(ir.serde.serialize_node(node)):
         if plain.domain or not all(name in types for name in plain.input if name):

@@ -490,6 +490,37 @@ def test_one_file_explains_pictures_of_any_size(graph, layer):
             np.testing.assert_allclose(got[name], value, atol=1e-5)
 
 
+CEILED = """(T[N,3,9,11] x) => (T[N,5] scores) <T[4,3,3,3] w, T[4,3,2,2] v, T[4,5] fc>
+{
+    c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w)
+    r = Sigmoid(c)
+    m = MaxPool<kernel_shape=[2,2], strides=[2,2], pads=[1,1,1,1], ceil_mode=1>(r)
+    a = AveragePool<kernel_shape=[2,2], strides=[2,2], pads=[1,1,1,1], ceil_mode=1>(m)
+    b = Conv<kernel_shape=[2,2], strides=[2,2], pads=[1,1,1,1]>(x, v)
+    j = Add(m, b)
+    t = Tanh(j)
+    p = GlobalAveragePool(t)
+    q = GlobalAveragePool(a)
+    s = Add(p, q)
+    f = Flatten(s)
+    scores = MatMul(f, fc)
+}"""
+
+
+@pytest.mark.parametrize("layer", ["r", "x"])
+def test_pools_of_which_onnx_infers_a_wrong_size(layer):
+    """Before opset 22 it counts a window too many, and refuses to add the pooled map to another."""
+    plain = build(CEILED)
+    with pytest.raises(onnx.shape_inference.InferenceError, match="Incompatible dimensions"):
+        onnx.shape_inference.infer_shapes(plain, strict_mode=True)
+    feeds = {"x": picture(2, 3, 9, 11), "cam_class": np.array([[0, 3]])}
+    got = run(explained(plain, layer=layer), feeds)
+    wanted = run(explained(build(CEILED.replace("9,11", "H,W")), layer=layer), feeds)
+    for name, value in wanted.items():
+        assert got[name].shape == value.shape
+        assert relative_error(got[name], value) <= 1e-6
+
+
 NHWC = (
     graphs.DEEP.replace("(T[N,3,8,10] x)", "(T[N,8,10,3] x)")
     .replace("{\n", "{\n    t = Transpose<perm=[0,3,1,2]>(x)\n", 1)

@@ -7,7 +7,6 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.errors import OnnxcamError
 from onnxcam.vjp.conv import Window, planes, spread
 from onnxcam.vjp.registry import vjp
 from onnxcam.vjp.shapes import count, dims, expand_like, rank, reshape_like, scatter_add
@@ -74,8 +73,6 @@ def max_pool(
     dy = dys[0]
     if dy is None:
         return None
-    if ceil_mode:
-        _check_ceiled(x, ys[0], kernel_shape, strides, pads, auto_pad)
     _, indices = op.MaxPool(
         x,
         auto_pad=auto_pad,
@@ -92,31 +89,6 @@ def max_pool(
     empty = op.ConstantOfShape(op.Shape(op.Reshape(x, [0, 0, -1])), value=zero)
     filled = scatter_add(op, "ScatterElements", empty, place, op.Reshape(dy, [0, 0, -1]), axis=2)
     return reshape_like(op, filled, x)
-
-
-def _check_ceiled(
-    x: Value,
-    y: Value,
-    kernel: list[int],
-    strides: list[int] | None,
-    pads: list[int] | None,
-    auto_pad: str,
-) -> None:
-    """Refuse a size of `y` that counts windows which begin in the padding after the picture.
-
-    onnx 1.23 infers such a size before opset 22; no runtime computes those windows.
-    """
-    if auto_pad != "NOTSET":
-        return
-    n = len(kernel)
-    begin = (pads or [0] * n)[:n]
-    for i, (size, out) in enumerate(zip(dims(x)[2:], dims(y)[2:], strict=True)):
-        step = strides[i] if strides else 1
-        if isinstance(size, int) and isinstance(out, int) and (out - 1) * step >= size + begin[i]:
-            raise OnnxcamError(
-                f"onnx infers a wrong size for the output {y.name!r} of a pooling with ceil_mode; "
-                "convert the model to opset 22, or leave the image size open"
-            )
 
 
 def _plane_size(op: Emitter, x: Value) -> int | Value:
@@ -160,8 +132,6 @@ def average_pool(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Value:
-    if ceil_mode:
-        _check_ceiled(x, y, kernel_shape, strides, pads, auto_pad)
     window = Window.of(op, x, y, kernel_shape, strides, dilations, pads, auto_pad)
     padded = not isinstance(window.begin, list) or not isinstance(window.end, list)
     padded = padded or any(window.begin + window.end)
@@ -185,8 +155,6 @@ def lp_pool(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Value:
-    if ceil_mode:
-        _check_ceiled(x, y, kernel_shape, strides, pads, auto_pad)
     window = Window.of(op, x, y, kernel_shape, strides, dilations, pads, auto_pad)
     share = _spread_planes(op, _over_power(op, dy, y, p), x, y, window)
     return op.Mul(_power_slope(op, x, p), share)
