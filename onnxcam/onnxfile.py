@@ -17,7 +17,6 @@ from onnx_ir.passes.common import InlinePass, LiftSubgraphInitializersToMainGrap
 from onnxcam import contrib
 from onnxcam.errors import OnnxcamError
 from onnxcam.sizes import SMALL, settle
-from onnxcam.subgraphs import bodies
 
 OLDEST_OPSET = 18
 """Older models are converted to this opset, the oldest that the gradient rules know."""
@@ -178,12 +177,16 @@ def _flatten(model: ir.Model) -> None:
     """Put the model's functions in the place of their calls, and weights of subgraphs into the main graph.
 
     Raises:
-        OnnxcamError: a function has a graph among its attributes.
+        OnnxcamError: a function cannot be inlined.
     """
     if not model.functions and not any(body.initializers for body in model.graph.subgraphs()):
         return
     for function in model.functions.values():
-        _name_nodes(function.graph)
+        if _refers_to_graph(function):
+            name = f"{function.domain}.{function.name}"
+            raise OnnxcamError(
+                f"the model's function {name} cannot be inlined: it takes a graph as an attribute"
+            )
         # The checker made sure that the function's operators are the same in the model's opset.
         for domain in function.opset_imports.keys() & model.opset_imports.keys():
             function.opset_imports[domain] = model.opset_imports[domain]
@@ -191,6 +194,7 @@ def _flatten(model: ir.Model) -> None:
             if value.producer() is None:  # the inliner would rename what is passed in to what is passed out
                 function.append(ir.node("Identity", [value]))
                 function.outputs[i] = function[-1].outputs[0]
+        _name_nodes(function.graph)
     _name_nodes(model.graph)
     try:
         InlinePass()(model)
@@ -199,6 +203,11 @@ def _flatten(model: ir.Model) -> None:
     model.functions.clear()  # those that nothing calls
     LiftSubgraphInitializersToMainGraphPass()(model)
     NameFixPass()(model)  # neither looks into all subgraphs for the names that are taken
+
+
+def _refers_to_graph(graph: "ir.Graph | ir.Function") -> bool:
+    graphs = [a for node in graph for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return any(attribute.is_ref() or _refers_to_graph(attribute.as_graph()) for attribute in graphs)
 
 
 def _external_data(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int, int]:
@@ -332,8 +341,9 @@ def _restore_notes(before: ir.Graph, after: ir.Graph) -> None:
             node.metadata_props.update(old.metadata_props)
             if old.name not in named:
                 node.name = old.name
-            for pair in zip(bodies(old), bodies(node), strict=True):
-                _restore_notes(*pair)
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.GRAPH and name in old.attributes:
+                    _restore_notes(old.attributes[name].as_graph(), attribute.as_graph())
         for name, value in _outputs(node).items():
             known = stated.get(name)
             value.type, value.shape = (known.type, known.shape) if known is not None else (None, None)

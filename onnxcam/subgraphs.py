@@ -77,6 +77,9 @@ def emit_if(op: Emitter, like: ir.Node, then_else: list[ir.Graph], outputs: list
         like: an If.
         then_else: the branches.
         outputs: a value of the type and shape of each output.
+
+    Raises:
+        OnnxcamError: the type of what a branch of `like` would hand out is unknown.
     """
     for theirs, ours in zip(branches(like), then_else, strict=True):
         op.remove_unread(ours)
@@ -97,7 +100,11 @@ def _from_outside(op: Emitter, node: ir.Node, branch: ir.Graph, value: ir.Value)
     if tensor is not None:
         return op.constant(tensor.numpy())
     if value not in branch.outputs:
-        assert value.dtype is not None
+        if value.dtype is None:
+            raise OnnxcamError(
+                f"the type of value {value.name!r}, inside node {node.name!r} ({node.op_type}), is unknown; "
+                "declare it there (value_info)"
+            )
         branch.outputs.append(value)
         (other,) = (graph for graph in branches(node) if graph is not branch)
         zero = np.zeros([1] * len(value.shape or ()), value.dtype.numpy())

@@ -158,8 +158,8 @@ def test_gradients_through_both_branches(name, on, n):
 # Classifiers with an `If` between the layer r [N,4,5,4] and the scores; `big` is a threshold.
 POOLED = "p = GlobalAveragePool(s) f = Flatten(p) scores = MatMul(f, fc)"
 CONVOLUTIONS = f"""
-    then_branch = t () => (T[N,6,5,4] y0) {{ a = Neg(r) b = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(a, v)
-        y0 = Tanh(b) }},
+    then_branch = t () => (T[N,6,5,4] y0) {{ n = Neg(r) a = Mul(n, half)
+        b = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(a, v) y0 = Tanh(b) }},
     else_branch = e () => (T[N,6,5,4] z0) {{ b = Conv<kernel_shape=[1,1]>(r, u) d = Sigmoid(b)
         z0 = Mul(b, d) }}> {POOLED}"""
 CLASSIFIERS = {
@@ -188,7 +188,7 @@ def classifier(name, dtype, batch, *, moved=False):
     return build(
         f"""(T[{batch},3,5,4] x, bool on{", T[N,4,5,4] delta" if moved else ""}) => (T[{batch},5] scores)
         <T[4,3,3,3] w, T[6,4,3,3] v, T[6,4,1,1] u, T[4,6] h1, T[80,6] flat, T[6,5] fc, int64[1] one = {{1}},
-         int64[2] to4 = {{-1, 4}}, T big = {{0}}>
+         int64[2] to4 = {{-1, 4}}, T big = {{0}}, T half = {{0.5}}>
         {{ c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w) {layer} {CLASSIFIERS[name]} }}""",
         dtype=dtype,
     )
@@ -491,6 +491,35 @@ def test_a_function_that_passes_on_what_it_gets():
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "functions", "message"),
+    [
+        (
+            """y = own.B<yes = t () => (double[N,3] a) { a = Exp(x) },
+                no = e () => (double[N,3] b) { b = Abs(x) }>(on)""",
+            """<domain: "own", opset_import: ["" : 18]> B <yes, no> (c) => (d)
+            { d = If<then_branch: graph = @yes, else_branch: graph = @no>(c) }""",
+            r"the model's function own\.B cannot be inlined: it takes a graph as an attribute",
+        ),
+        (
+            "y = own.F(x, on)",
+            F,
+            "the model's functions cannot be inlined: .*'own::F': call site has 2 inputs",
+        ),
+        (
+            "y = own.F(x)",
+            F.replace("b = Mul", "b = own.F(a) c = Mul"),
+            "the model is not valid: .* own::F -> own::F",
+        ),
+        ("y = own.F(x)", F.replace("18", "11"), "the model is not valid: Opset import .* imports version 11"),
+    ],
+)
+def test_functions_that_cannot_be_inlined(nodes, functions, message):
+    functions = functions.replace("Sigmoid", "Softmax")
+    with pytest.raises(OnnxcamError, match=f"^{message}"):
+        onnxcam.gradient(calling(nodes, functions), "y", "x")
+
+
 # What stops a gradient
 
 LOOP = """[lap] {} = Loop<body = b (int64 i, bool c, T[N,3,4,5] a) => (bool c0, T[N,3,4,5] a0)
@@ -668,6 +697,16 @@ def test_an_operator_of_onnxruntime_with_a_rule_of_ones_own_against_torch(monkey
     assert relative_error(got["cam_gradients"], torch.stack(rows).numpy()) < 1e-4
 
 
+def test_a_value_of_unknown_type_cannot_leave_its_branch(wobble):
+    nodes = """y = If(on) <
+        then_branch = t () => (double[N,3] y0) { c, d = com.example.Wobble(x) y0 = Mul(c, d) },
+        else_branch = e () => (double[N,3] z0) { z0 = Exp(x) }>"""
+    with pytest.raises(
+        OnnxcamError, match=r"type of value 'd', inside node 'If_0' \(If\), is unknown; declare it"
+    ):
+        onnxcam.gradient(wobbling(nodes), "y", "x")
+
+
 class BetaSwish(OpRun):
     op_domain = "com.example"
 
@@ -759,7 +798,7 @@ def test_tokens_that_only_a_branch_reads_are_reached(how):
         np.testing.assert_allclose(got, weights * share * on, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["y0", "Tanh_2", "b"])
+@pytest.mark.parametrize("name", ["y0", "Tanh_3", "b"])
 def test_what_lies_inside_a_branch_is_no_layer(name):
     model = classifier("in the middle", "float", "N")
     message = (
