@@ -3,16 +3,19 @@
 import warnings
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
+import onnxcam
 from onnxcam import layers, onnxfile
 from onnxcam.attaching import attach
 from onnxcam.backward import path
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
 from tests.checks import quiet, relative_error
+from tests.graphs import build, picture, run
 
 HEIGHT, WIDTH, PATCH, CHANNELS = 16, 24, 4, 12
 GRID = (HEIGHT // PATCH, WIDTH // PATCH)
@@ -198,3 +201,42 @@ def test_everything_flows_through_the_residual_stream(exported):
     inner = {"blocks.0.norm1", "blocks.0.q", "blocks.0.mlp.0"} if hasattr(net, "blocks") else {"norm", "mlp"}
     assert {"head"} <= modules
     assert not inner & modules
+
+
+# As the end of XCiT: the class token alone is changed, beside the others as they are, and read in the end.
+CLASS_ATTENTION = """(T[N,3,6,6] x) => (T[N,4] scores)
+<T[8,3,2,2] embed, T[1,1,8] token, T[8] scale, T[8] shift, T[8,8] mix, T[8,4] fc, int64[3] rows = {0, 8, 9},
+ int64[1] zero = {0}, int64[1] one = {1}, int64[1] end = {99}, int64 first = {0}, int64[3] shape = {-1, 1, 8}>
+{
+    e = Conv<kernel_shape=[2,2], strides=[2,2]>(x, embed)
+    r = Reshape(e, rows)
+    t = Transpose<perm=[0,2,1]>(r)
+    n = Shape<start=0, end=1>(x)
+    s = Concat<axis=0>(n, one, one)
+    c = Expand(token, s)
+    tokens = Concat<axis=1>(c, t)
+    made = LayerNormalization(tokens, scale, shift)
+    m = ReduceMean<keepdims=1>(made, one)
+    attended = MatMul(m, mix)
+    others = Slice(made, one, end, one)
+    both = Concat<axis=1>(attended, others)
+    sum = Add(tokens, both)
+    normed = LayerNormalization(sum, scale, shift)
+    read = Gather<axis=1>(normed, first)
+    scores = MatMul(read, fc)
+}"""
+
+
+def test_tokens_put_beside_the_one_that_is_read_get_no_gradient():
+    own = onnxfile.normalise(ir.from_proto(build(CLASS_ATTENTION)))
+    source, logits = layers.picture(own), layers.scores(own).logits
+    found = layers.explainable(source, logits)
+    unreached = {layer.name for layer in found if layer.unreached}
+    assert {"others", "both", "sum", "normed"} <= unreached
+    assert not {"tokens", "made", "t"} & unreached
+    assert layers.default(found, source, logits).name == "made"
+    model = ir.to_proto(onnxcam.gradient(build(CLASS_ATTENTION, dtype="double"), "scores", ["both", "made"]))
+    seed = np.eye(4)[:2]
+    got = run(model, {"x": picture(2, 3, 6, 6, dtype=np.float64), "scores_seed": seed}, by="ref")
+    assert not got["both_gradient"][:, 1:].any()
+    assert np.abs(got["made_gradient"][:, 1:]).min() > 0
