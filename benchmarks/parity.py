@@ -37,10 +37,17 @@ GOAL = 1e-3
 
 EXCEPTIONS = {
     ("ViT", "ablationcam", "pytorch-grad-cam"): "a",
+    ("EfficientNet-Lite0", "gradcam++", "pytorch-grad-cam"): "b",
+    ("EfficientNet-Lite0", "gradcam, augmentation", "pytorch-grad-cam"): "c",
+    ("SqueezeNet 1.1", "gradcam, augmentation", "pytorch-grad-cam"): "c",
 }
 REASONS = {
     "a": "The peer's layer for transformers leaves a channel out in the class token too, and takes the "
     "minimum that it puts there over all tokens; here the channel changes on the map's plane.",
+    "b": "Rounding: where A is signed, the denominator 2 g^2 + S(A) g^3 + 1e-6 may come close to 0. The "
+    "peer's own map moves by up to 1e-3 when it computes in float64.",
+    "c": "Rounding: in one of the six runs the input of a ReLU is 0 within rounding, and the two sides take "
+    "different branches of its gradient. In SqueezeNet that moves a run's map by 6e-3, the mean by 1e-3.",
 }
 
 HEAD = """\
@@ -53,7 +60,8 @@ the same weights, on the same batch of pictures. A figure is the largest absolut
 the peer returns them, over all pictures, both classes and the layers named: pytorch-grad-cam's at the size of
 the picture (`cam_heatmap`) and torchcam's at the layer's size (`cam`), both from 0 to 1; captum's at the
 layer's size (`cam`), signed and unscaled, with its largest value. Where a cell is empty, the peer has no such
-method or none for this model. The goal is {goal:g}; what is further off is **bold** and explained:
+method or none for this model. The goal is {goal:g}; what is further off is **bold**. That, and what comes
+near it, is explained:
 
 {notes}
 
@@ -219,7 +227,7 @@ def resnet18():
     from torchvision.models import resnet18
 
     module = resnet18(num_classes=10)
-    return random("ResNet-18", module, 96, ("layer3", "layer4"), "conv1", module.fc)
+    return random("ResNet-18", module, 96, ("layer3", "layer4"), "maxpool", module.fc)
 
 
 def mobilenet_v2():
@@ -227,8 +235,10 @@ def mobilenet_v2():
     from torchvision.models import mobilenet_v2
 
     module = mobilenet_v2(num_classes=10)
+    # Without it activations are so small that maps are of the size of the peers' epsilons.
+    module.classifier[1].weight.data.mul_(1e6)
     layers = ("features.10", "features.18")
-    return random("MobileNetV2", module, 96, layers, "features.1.conv.1", module.classifier[1])
+    return random("MobileNetV2", module, 96, layers, "features.1", module.classifier[1])
 
 
 def vit():
@@ -322,7 +332,8 @@ def table(case):
             if worst > GOAL and note is None:
                 unexplained.append((case.name, row, dialect, worst))
             cell = f"{worst:.0e}" + (f" of {largest:.0e}" if dialect == "captum" else "")
-            rows.setdefault(row, {})[dialect] = f"**{cell}** ({note})" if worst > GOAL else cell
+            cell = f"**{cell}**" if worst > GOAL else cell
+            rows.setdefault(row, {})[dialect] = f"{cell} ({note})" if note else cell
             print(f"{case.name}, {row}, {dialect}: {worst:.1e} of {largest:.1e}", flush=True)
     n, _, height, width = case.pictures.shape
     lines = [
@@ -363,11 +374,10 @@ def formulas():
 
 def main():
     """Compare everything and write the document."""
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
     start = time.perf_counter()
     parts, unexplained = [], []
     for make in (lite0, squeezenet, resnet18, mobilenet_v2, vit):
+        torch.manual_seed(0)
         part, more = table(make())
         parts.append(part)
         unexplained += more
