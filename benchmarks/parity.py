@@ -3,7 +3,7 @@
 Each peer explains a PyTorch module and onnxcam, in that peer's dialect, an ONNX file of the same weights, on
 the same batch of pictures. Real weights and photos: files of ``models/``, each of whose nodes becomes a
 PyTorch module here for a peer to look at. Random weights and pictures: torchvision's networks, exported.
-It fails where a map is further off than `GOAL` and `EXCEPTIONS` does not say why.
+It fails where a map is further off than `GOAL`, or than `EXCEPTIONS` allows and explains.
 """
 
 import contextlib
@@ -36,18 +36,21 @@ PHOTOS = ("cat_and_coffee.png", "chelsea.png", "coffee.png")
 GOAL = 1e-3
 
 EXCEPTIONS = {
-    ("ViT", "ablationcam", "pytorch-grad-cam"): "a",
-    ("EfficientNet-Lite0", "gradcam++", "pytorch-grad-cam"): "b",
-    ("EfficientNet-Lite0", "gradcam, augmentation", "pytorch-grad-cam"): "c",
-    ("SqueezeNet 1.1", "gradcam, augmentation", "pytorch-grad-cam"): "c",
+    ("ViT", "ablationcam", "pytorch-grad-cam"): ("a", 1.0),
+    ("EfficientNet-Lite0", "gradcam++", "pytorch-grad-cam"): ("b", 5e-3),
+    ("EfficientNet-Lite0", "gradcam, augmentation", "pytorch-grad-cam"): ("c", 5e-3),
+    ("SqueezeNet 1.1", "gradcam, augmentation", "pytorch-grad-cam"): ("c", 5e-3),
 }
+"""Which reason explains what may be further off, and how far at most."""
 REASONS = {
     "a": "The peer's layer for transformers leaves a channel out in the class token too, and takes the "
-    "minimum that it puts there over all tokens; here the channel changes on the map's plane.",
-    "b": "Rounding: where A is signed, the denominator 2 g^2 + S(A) g^3 + 1e-6 may come close to 0. The "
-    "peer's own map moves by up to 1e-3 when it computes in float64.",
-    "c": "Rounding: in one of the six runs the input of a ReLU is 0 within rounding, and the two sides take "
-    "different branches of its gradient. In SqueezeNet that moves a run's map by 6e-3, the mean by 1e-3.",
+    "minimum that it puts there over all tokens; here the channel changes on the map's plane. With a layer "
+    "that spares the class token the peer's map is within 2e-6.",
+    "b": "Rounding: where A is signed, the denominator 2 g^2 + S(A) g^3 + 1e-6 comes down to 3e-5 of its "
+    "terms. In float64 the peer's own map is up to 1e-3 from its float32 one, and onnxcam's is no further.",
+    "c": "Rounding at a kink: in a run or two of the six the input of a ReLU is 0 within rounding (one in "
+    "SqueezeNet is -2e-5 in float64 and 9e-6 in onnxruntime), and its gradient that of one branch or the "
+    "other. That moves a run's map by up to 6e-3; in Lite0 also the peer's own, from float32 to float64.",
 }
 
 HEAD = """\
@@ -328,8 +331,8 @@ def table(case):
         for row, method, choices, smooth in asked(case, dialect):
             found = [difference(case, dialect, method, layers, smooth) for layers in choices]
             worst, largest = (max(values) for values in zip(*found, strict=True))
-            note = EXCEPTIONS.get((case.name, row, dialect))
-            if worst > GOAL and note is None:
+            note, limit = EXCEPTIONS.get((case.name, row, dialect), (None, GOAL))
+            if worst > limit:
                 unexplained.append((case.name, row, dialect, worst))
             cell = f"{worst:.0e}" + (f" of {largest:.0e}" if dialect == "captum" else "")
             cell = f"**{cell}**" if worst > GOAL else cell

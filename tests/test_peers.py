@@ -19,8 +19,8 @@ from tests.checks import quiet
 CLASSES = [3, 0]
 LAYERS = ["features.4", "features.6"]
 """A ReLU's output [12,12,12], with zeros in it, and a leaky ReLU's [40,12,12], signed."""
-TOLERANCE = 1e-4
-"""Of maps from 0 to 1; the largest difference met is 2e-5, of Eigen-CAM."""
+TOLERANCE = 2e-5
+"""Of maps from 0 to 1; the largest difference measured is 4e-6, of Ablation-CAM."""
 
 
 class Net(torch.nn.Module):
@@ -262,7 +262,7 @@ def test_a_dialects_own_form_is_another_map_than_the_papers(pictures, file, dial
         explained(file, pictures, "cam", method=method, layer=LAYERS[1], compat=compat)[0]
         for compat in (dialect, "paper")
     )
-    assert np.abs(unit(own) - unit(paper)).max() > 10 * TOLERANCE
+    assert np.abs(unit(own) - unit(paper)).max() > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize("dialect", peers.PEERS)
@@ -305,9 +305,9 @@ def test_keras_grad_cam(net, pictures, file):
         g = g / (np.sqrt((g**2).mean()) + 1e-5)
         expected = 1 + (g.mean((0, 1)) * a).sum(-1)
         assert expected.min() < 0 < expected.max()
-        np.testing.assert_allclose(cam[n, k], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(cam[n, k], expected, atol=1e-5 * np.abs(expected).max())
         full = np.maximum(cv2.resize(expected, (24, 24)), 0)
-        np.testing.assert_allclose(heat[n, k], full / full.max(), atol=1e-4)
+        np.testing.assert_allclose(heat[n, k], full / full.max(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dialect", ["keras-book", "keras-grad-cam"])

@@ -1,16 +1,22 @@
-"""captum 0.9.0: LayerGradCam and the attributions of the picture.
+"""captum 0.9.0, its LayerGradCam.
 
-Its maps are signed and not scaled; ``relu_attributions=True`` is the evidence ``for`` the class.
+The map is signed and not scaled; ``relu_attributions=True`` is the evidence ``for`` the class.
 """
-
-import dataclasses
 
 from onnx_ir import Value
 
 from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
-from onnxcam.methods import METHODS
-from onnxcam.methods.algebra import Size, resized
+from onnxcam.methods import Method, method
+from onnxcam.methods.algebra import PLANE, Size, resized
+
+OWN: dict[str, Method] = {}
+
+
+@method("gradcam", cost="1 backward", rectified=False, into=OWN)
+def gradcam(op: Emitter, da: Value) -> Value:
+    """sum_k <g_k> A_k, signed."""
+    return op.ReduceMean(da, PLANE, keepdims=0)
 
 
 def heatmap(op: Emitter, cam: Value, size: Size, _signed: bool = False) -> Value:
@@ -20,7 +26,7 @@ def heatmap(op: Emitter, cam: Value, size: Size, _signed: bool = False) -> Value
 
 CAPTUM = Dialect(
     "captum",
-    {"gradcam": dataclasses.replace(METHODS["gradcam"], rectified=False)},
+    OWN,
     heatmap,
     evidence=("for", "counterfactual"),
 )

@@ -22,6 +22,7 @@ def in_the_book(op: Emitter, a: Value, da: Value) -> Value:
 
 
 def _over_largest(op: Emitter, maps: Value) -> Value:
+    """Over the largest value."""
     largest = op.ReduceMax(maps, [2, 3], keepdims=1)
     return op.Div(maps, op.Where(op.Greater(largest, 0.0), largest, 1.0))
 
