@@ -21,14 +21,19 @@ from onnxcam.card import (
     SCORES,
     SMOOTHINGS,
     TARGETS,
+    WANTED,
     Card,
     Preprocess,
 )
+from onnxcam.demand import behind_input
 from onnxcam.dialects import DIALECTS
+from onnxcam.drawing import drawn, photo_of
+from onnxcam.embedding import PICTURE, Embedded
 from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError
 from onnxcam.explaining import Request, explain
-from onnxcam.grid import Grid
+from onnxcam.grid import PLANES, Grid
+from onnxcam.image import check_facts
 from onnxcam.methods import Method, named
 from onnxcam.probe import Probe
 from onnxcam.seed import ROWS
@@ -42,6 +47,7 @@ PREFIX = "cam"
 _OUTPUTS = {
     "cam": "cam",
     "heatmap": "cam_heatmap",
+    "overlay": "cam_overlay",
     "activations": "cam_activations",
     "gradients": "cam_gradients",
     "attributions": "cam_attributions",
@@ -61,6 +67,8 @@ def attach(
     compat: str = "paper",
     emit: Sequence[str] = ("cam", "heatmap"),
     class_input: str = "optional",
+    embed_preprocess: bool = False,
+    on_demand: bool = False,
     score: str | None = None,
     scores: str | None = None,
     labels: Sequence[str] | None = None,
@@ -87,9 +95,15 @@ def attach(
         smooth: ``augmentation`` averages over mirrored, weaker and stronger pictures; ``eigen`` takes the
             first principal component of what would be summed over the channels.
         compat: whose numbers the maps have, a key of ``onnxcam.dialects.DIALECTS``.
-        emit: outputs to add, of ``cam``, ``heatmap``, ``activations``, ``gradients``, ``attributions``.
-        class_input: ``optional`` (``cam_class`` defaults to the best class, ``cam_against`` to the second) or
-            ``required``, for runtimes that cannot override an initializer.
+        emit: outputs to add, of ``cam``, ``heatmap``, ``overlay`` (the heat map in colours over the picture),
+            ``activations``, ``gradients``, ``attributions``.
+        class_input: ``optional`` (``cam_class`` defaults to the best class, ``cam_against`` to the second,
+            ``cam_wanted`` to false) or ``required``, for runtimes that cannot override an initializer.
+        embed_preprocess: let the model take the picture itself, ``cam_picture`` uint8 [N,H,W,3] of any size,
+            and prepare it inside the graph, for which all facts for the card must be known. The heat map is
+            then of the picture's size.
+        on_demand: make maps only where the input ``cam_wanted`` is true; elsewhere they are empty, and the
+            model costs what it cost before.
         score: explain the class score ``before`` or ``after`` the softmax. None: before it, or what the
             dialect always explains.
         scores: the model output that holds the class scores, needed if several could: [N,classes], dense
@@ -132,12 +146,18 @@ def attach(
     picture = layers.picture(model)
     found = layers.scores(model, scores, any_shape=target == "seed")
     taken = {value.name for value in all_values(graph)}
-    for name in (*inputs_of(target, found.dense), *(_OUTPUTS[kind] for kind in emit)):
+    more = [*([PICTURE] if embed_preprocess else []), *([WANTED] if on_demand else [])]
+    for name in (*inputs_of(target, found.dense), *more, *(_OUTPUTS[kind] for kind in emit)):
         if name in taken:
             raise OnnxcamError(
                 f"the model has a value called {name!r} already, a name that attach needs; rename it there"
             )
     prepares = stated(picture, preprocess)
+    if embed_preprocess:
+        check_facts(prepares)
+        picture.shape = _of_size(picture, prepares)
+    elif "overlay" in emit:
+        check_facts(prepares, ("color", "scale", "mean", "std"))
     at = _layout(picture, prepares.layout)
     sources = _sources(model, layer, picture, at, found.logits, request.method)
     card = Card(
@@ -155,14 +175,24 @@ def attach(
         module=sources[0].module if len(sources) == 1 else None,
         grid=str(sources[0].grid) if len(sources) == 1 and sources[0].grid.order != "NCHW" else None,
         labels=_labels(labels, found.output),
+        picture=PICTURE if embed_preprocess else None,
+        on_demand=on_demand or None,
         tool=f"onnxcam {__version__}",
     )
     op = Emitter(graph, graph.opset_imports[""], PREFIX)
-    outputs = _explain(
-        op, picture, at, found, sources, request, target, score, class_input == "optional", emit
-    )
+    optional = class_input == "optional"
+    first = graph[0]
+    with op.before(first):
+        embedded = Embedded.add(op, picture, prepares) if embed_preprocess else None
+    outputs = _explain(op, picture, at, found, sources, request, target, score, optional, emit)
+    outputs = _finished(op, outputs, picture, prepares, embedded, evidence, emit)
+    if embedded is not None:
+        with op.before(first):
+            embedded.feed(op, picture)
     simplify(op)
     op.remove_dead(list(outputs.values()))
+    if on_demand:
+        outputs = behind_input(op, outputs, optional)
     for name, value in outputs.items():
         value.name = _OUTPUTS[name]
         graph.outputs.append(value)
@@ -222,6 +252,13 @@ def _sources(
     return [layers.find(model, name, picture, logits) for name in wanted]
 
 
+def _of_size(picture: Value, prepares: Preprocess) -> ir.Shape:
+    """The shape of the model's input where its size is known."""
+    batch, *rest = dims(picture)
+    size = [prepares.height, prepares.width]
+    return ir.Shape([batch, rest[0], *size] if prepares.layout == PLANES else [batch, *size, rest[2]])
+
+
 def _layout(picture: Value, layout: str) -> Grid:
     """How the picture lies in the model's input."""
     rows = 2 if layout == "NCHW" else 1
@@ -272,6 +309,34 @@ def _explain(
             outputs[name] = _in_rows(op, outputs[name], valid, probe)
     for name, value in outputs.items():
         value.shape = _declared_shape(name, picture, at, lies if name in ("cam", "attributions") else probes)
+    return outputs
+
+
+def _finished(
+    op: Emitter,
+    outputs: dict[str, Value],
+    picture: Value,
+    prepares: Preprocess,
+    embedded: Embedded | None,
+    evidence: str | None,
+    emit: Sequence[str],
+) -> dict[str, Value]:
+    """Return the outputs asked for, of the picture itself where that is what the model takes."""
+    if embedded is not None:
+        shape = outputs["heatmap"].shape
+        assert shape is not None
+        outputs["heatmap"] = embedded.spread(op, outputs["heatmap"])
+        outputs["heatmap"].shape = ir.Shape([*shape[:2], *embedded.size])
+    if "overlay" in emit:
+        with op.scope("overlay"):
+            if embedded is not None:
+                photo, seen = op.Cast(embedded.picture, to=ir.DataType.FLOAT), embedded.seen(op)
+            else:
+                photo, seen = photo_of(op, picture, prepares), None
+            heat = outputs["heatmap"]
+            assert heat.shape is not None
+            outputs["overlay"] = drawn(op, photo, heat, seen, evidence)
+            outputs["overlay"].shape = ir.Shape([*heat.shape, 3])
     return {name: outputs[name] for name in EMITS if name in emit}
 
 

@@ -24,8 +24,11 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 HOLDS = ("logits", "probabilities")
 SCORES = ("before", "after")
 CLASS_INPUTS = ("optional", "required")
-EMITS = ("cam", "heatmap", "activations", "gradients", "attributions")
+EMITS = ("cam", "heatmap", "overlay", "activations", "gradients", "attributions")
 """The outputs that an explained model may have."""
+
+WANTED = "cam_wanted"
+"""Name of the input, a bool, of a model that makes maps on demand only."""
 
 TARGETS = ("class", "contrast", "rivals", "seed")
 """The score of a class; less that of another; less the mean of its rivals'; or any weighted sum of scores."""
@@ -141,6 +144,9 @@ class Card:
         grid: how the map's plane lies in the layer, such as ``tokens 1 to 196 as 14x14``; None if the layer
             is [N,C,h,w].
         labels: class names by index, or None.
+        picture: the input that takes a picture of any size as it is, uint8 [N,H,W,3], RGB, of which the graph
+            itself makes `input`; None: a program prepares it.
+        on_demand: whether maps are made only where the input ``cam_wanted`` is true; None: always.
         tool: name and version of the program that wrote the card.
         format: version of the card.
     """
@@ -160,11 +166,15 @@ class Card:
     module: str | None = None
     grid: str | None = None
     labels: tuple[str, ...] | None = None
+    picture: str | None = None
+    on_demand: bool | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         for name in ("scores", "layer", "method", "tool"):
             _text(name, getattr(self, name))
+        if self.picture is not None:
+            _text("picture", self.picture)
         _one_of("scores_are", self.scores_are, HOLDS)
         _one_of("score", self.score, SCORES)
         _one_of("evidence", self.evidence, (*EVIDENCE, None))

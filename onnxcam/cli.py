@@ -208,6 +208,23 @@ Emit = Annotated[str, typer.Option(help=f"Outputs to add, of {','.join(EMITS)}."
 ClassInput = Annotated[
     str, typer.Option(help=f"cam_class is {_or(CLASS_INPUTS)}; some runtimes need it required.")
 ]
+Overlay = Annotated[
+    bool, typer.Option("--overlay", help="Also output cam_overlay, the heat map in colours over the picture.")
+]
+EmbedPreprocess = Annotated[
+    bool,
+    typer.Option(
+        "--embed-preprocess",
+        help="Let the model take the picture itself, uint8 [N,H,W,3] of any size.",
+    ),
+]
+OnDemand = Annotated[
+    bool,
+    typer.Option(
+        "--on-demand",
+        help="Make maps only where the input cam_wanted is true; without them it costs nothing.",
+    ),
+]
 Classes = Annotated[
     list[str] | None,
     typer.Option(
@@ -339,6 +356,9 @@ def attach(
     compat: Compat = None,
     emit: Emit = "cam,heatmap",
     class_input: ClassInput = "optional",
+    overlay: Overlay = False,
+    embed_preprocess: EmbedPreprocess = False,
+    on_demand: OnDemand = False,
     score: Score = None,
     scores: Scores = None,
     labels: Labels = None,
@@ -365,8 +385,10 @@ def attach(
         fuse=fuse or "mean",
         smooth=smooth or (),
         compat=compat or "paper",
-        emit=_parts(emit),
+        emit=[*_parts(emit), *(["overlay"] if overlay else [])],
         class_input=class_input,
+        embed_preprocess=embed_preprocess,
+        on_demand=on_demand,
         score=score or "before",
         scores=scores,
         labels=_labels(labels),
@@ -393,6 +415,9 @@ def export(
     compat: Compat = None,
     emit: Emit = "cam,heatmap",
     class_input: ClassInput = "optional",
+    overlay: Overlay = False,
+    embed_preprocess: EmbedPreprocess = False,
+    on_demand: OnDemand = False,
     score: Score = None,
     labels: Labels = None,
     color: Color = None,
@@ -419,8 +444,10 @@ def export(
         fuse=fuse or "mean",
         smooth=smooth or (),
         compat=compat or "paper",
-        emit=_parts(emit),
+        emit=[*_parts(emit), *(["overlay"] if overlay else [])],
         class_input=class_input,
+        embed_preprocess=embed_preprocess,
+        on_demand=on_demand,
         score=score or "before",
         labels=_labels(labels),
         **_preprocess(None, color, scale, mean, std, resize, interpolation),

@@ -77,6 +77,8 @@ def export(
     compat: str = "paper",
     emit: Sequence[str] = ("cam", "heatmap"),
     class_input: str = "optional",
+    embed_preprocess: bool = False,
+    on_demand: bool = False,
     score: str = "before",
     labels: Sequence[str] | None = None,
     opset: int = OPSET,
@@ -97,8 +99,8 @@ def export(
         layer: the activation to explain: the output of a submodule by its path, such as ``layer4`` or
             ``layer4.1.conv2`` (of its last call, if it is called more than once), or any name that `attach`
             takes. None: the last spatial feature map before the head. Or several of these.
-        method: see `attach`, as are target, evidence, fuse, smooth, compat, emit, class_input, score, labels
-            and preprocess.
+        method: see `attach`, as are target, evidence, fuse, smooth, compat, emit, class_input,
+            embed_preprocess, on_demand, score, labels and preprocess.
         target: what is explained.
         evidence: what of the map is kept.
         fuse: how the maps of several layers are joined.
@@ -106,6 +108,8 @@ def export(
         compat: whose numbers the maps have.
         emit: outputs to add.
         class_input: ``optional`` or ``required``.
+        embed_preprocess: let the model take the picture itself.
+        on_demand: make maps only where they are asked for.
         score: explain the score ``before`` or ``after`` the softmax.
         labels: class names by index.
         opset: of the model that is written, at least 18.
@@ -141,6 +145,8 @@ def export(
             compat=compat,
             emit=emit,
             class_input=class_input,
+            embed_preprocess=embed_preprocess,
+            on_demand=on_demand,
             score=score,
             labels=labels,
             **preprocess,

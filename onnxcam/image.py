@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +145,22 @@ class Viewport:
             The map as float32 [height, width], zero outside the viewport, and as bool [height, width]
             which pixels the model saw, if only in part.
         """
-        rows, seen_rows = _resample(self.height, self.top, self.bottom, heat.shape[0])
-        columns, seen_columns = _resample(self.width, self.left, self.right, heat.shape[1])
-        return rows @ heat.astype(np.float32, copy=False) @ columns.T, np.outer(seen_rows, seen_columns)
+        heat = heat.astype(np.float32, copy=False)
+        if heat.shape == (self.height, self.width) and self == self.whole():
+            return heat, self.seen()
+        rows = _resample(self.height, self.top, self.bottom, heat.shape[0])
+        columns = _resample(self.width, self.left, self.right, heat.shape[1])
+        return (rows @ heat @ columns.T).astype(np.float32, copy=False), self.seen()
+
+    def seen(self) -> NDArray[np.bool_]:
+        """Return which pixels the model saw, if only in part: bool [height, width]."""
+        return np.outer(
+            _touched(self.height, self.top, self.bottom), _touched(self.width, self.left, self.right)
+        )
+
+    def whole(self) -> "Viewport":
+        """Return the whole picture."""
+        return Viewport(0, 0, self.width, self.height, self.width, self.height)
 
     def scaled(self, width: int, height: int) -> "Viewport":
         """Return the same part of the picture after it was resized to width x height."""
@@ -167,29 +181,32 @@ class Viewport:
         )
 
 
-def _resample(
-    pixels: int, low: float, high: float, cells: int
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _touched(pixels: int, low: float, high: float) -> NDArray[np.bool_]:
+    """Return which pixels of a line low..high touches, bool [pixels]."""
+    edges = np.arange(pixels)
+    touched: NDArray[np.bool_] = (edges + 1 > low + 1e-6) & (edges < high - 1e-6)
+    return touched
+
+
+def _resample(pixels: int, low: float, high: float, cells: int) -> NDArray[np.float32]:
     """Return the weights float32 [pixels, cells] that take a line of cells over low..high to pixels.
 
-    The second result, bool [pixels], tells which pixels low..high touches; the others have no weights.
+    Pixels that low..high does not touch have none.
     """
-    edges = np.arange(pixels)
-    seen = (edges + 1 > low + 1e-6) & (edges < high - 1e-6)
     pitch = cells / (high - low)
-    at = np.clip((edges + 0.5 - low) * pitch - 0.5, 0, cells - 1)
+    at = np.clip((np.arange(pixels) + 0.5 - low) * pitch - 0.5, 0, cells - 1)
     weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells)) / max(pitch, 1))
-    weights *= (seen / weights.sum(axis=1))[:, None]
-    return weights.astype(np.float32), seen
+    weights *= (_touched(pixels, low, high) / weights.sum(axis=1))[:, None]
+    return weights.astype(np.float32)
 
 
-def check_facts(preprocess: Preprocess) -> None:
-    """See that all is known that `prepare` needs.
+def check_facts(preprocess: Preprocess, needed: Sequence[str] | None = None) -> None:
+    """See that all is known that `prepare` needs, or the facts named.
 
     Raises:
         OnnxcamError: names the missing facts and the options that give them.
     """
-    unknown = preprocess.missing()
+    unknown = [fact for fact in preprocess.missing() if needed is None or fact in needed]
     if unknown:
         options = dict.fromkeys(_OPTIONS.get(fact, f"--{fact}") for fact in unknown)
         raise OnnxcamError(
@@ -232,16 +249,27 @@ def _resize(
     image: Image.Image, width: int, height: int, shorter_edge: int | None, resample: Image.Resampling
 ) -> tuple[Image.Image, Viewport]:
     """Resize to width x height; with a `shorter_edge`, crop that from the centre of a resized picture."""
+    view = seen(image.size, width, height, shorter_edge)
     if shorter_edge is None:
-        view = Viewport(0, 0, *image.size, *image.size)
         return image.resize((width, height), resample), view
-    across, down = (int(shorter_edge * edge / min(image.size)) for edge in image.size)
-    left, top = round((across - width) / 2), round((down - height) / 2)
-    crop = left, top, left + width, top + height
-    x, y = image.width / across, image.height / down
-    box = crop[0] * x, crop[1] * y, crop[2] * x, crop[3] * y
+    across, down, left, top = _crop(image.size, width, height, shorter_edge)
     if across * down <= _TWO_STEP_PIXELS:
-        cropped = image.resize((across, down), resample).crop(crop)
+        cropped = image.resize((across, down), resample).crop((left, top, left + width, top + height))
     else:  # a sliver, 1000 times as long as wide: one grey level off (bicubic: a few), no gigabytes
-        cropped = image.resize((width, height), resample, box=box)
-    return cropped, Viewport(*box, *image.size)
+        cropped = image.resize((width, height), resample, box=(view.left, view.top, view.right, view.bottom))
+    return cropped, view
+
+
+def seen(size: tuple[int, int], width: int, height: int, shorter_edge: int | None) -> Viewport:
+    """Return what a model of input width x height sees of a picture of a size (width, height)."""
+    if shorter_edge is None:
+        return Viewport(0, 0, *size, *size)
+    across, down, left, top = _crop(size, width, height, shorter_edge)
+    x, y = size[0] / across, size[1] / down
+    return Viewport(left * x, top * y, (left + width) * x, (top + height) * y, *size)
+
+
+def _crop(size: tuple[int, int], width: int, height: int, shorter_edge: int) -> tuple[int, int, int, int]:
+    """Return the size to which a picture is resized and where in it the crop begins, (left, top)."""
+    across, down = (int(shorter_edge * edge / min(size)) for edge in size)
+    return across, down, round((across - width) / 2), round((down - height) / 2)

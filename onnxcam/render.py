@@ -36,7 +36,7 @@ _SIDES = (  # from 0 to -1 and from 0 to 1, equally light; towards 0 they fade o
 
 
 @functools.cache
-def _table(signed: bool) -> NDArray[np.uint8]:
+def color_table(signed: bool) -> NDArray[np.uint8]:
     """Return a colour map, uint8 [256, 3] from 0 to 1, or [255, 3] from -1 to 1."""
     if not signed:
         return _ramp(_CORNERS, 256)
@@ -80,7 +80,7 @@ def colorize(heat: NDArray[np.float32], signed: bool = False) -> NDArray[np.uint
     Returns:
         uint8 [..., 3], RGB.
     """
-    return np.take(_table(signed), _levels(heat, signed), axis=0)
+    return np.take(color_table(signed), _levels(heat, signed), axis=0)
 
 
 def _levels(heat: NDArray[np.float32], signed: bool) -> NDArray[np.uint8]:
@@ -91,14 +91,26 @@ def _levels(heat: NDArray[np.float32], signed: bool) -> NDArray[np.uint8]:
 
 
 @functools.cache
-def _strengths(signed: bool) -> NDArray[np.float64]:
+def strengths(signed: bool) -> NDArray[np.float64]:
     """Return the opacity of each colour of the map, of which the highest is 1; on both sides of 0 it is 0."""
     if signed:
         return 1 - (1 - np.abs(np.linspace(-1, 1, 255))) ** 2
     return np.linspace(0.4, 1, 256)
 
 
-_AGAINST = ("against", "both", "counterfactual")
+def muting(opacity: float, signed: bool) -> NDArray[np.float64]:
+    """Return the matrix [3,3] from the photo's colours to the muted ones beneath a map: grey, at the most."""
+    mute = min(2 * opacity, 1) if signed else opacity
+    return mute * LUMA + (1 - mute) * np.eye(3)
+
+
+LUMA = np.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in grey; ITU-R BT.601."""
+
+PALE = 0.55
+"""Of its darkness, what is left of the grey photo where the model did not see it."""
+
+AGAINST = ("against", "both", "counterfactual")
 """The kinds of evidence that speak against the class, at least in part."""
 
 OPACITY = 0.7
@@ -141,19 +153,17 @@ def overlay(
     if not 0 <= opacity <= 1:
         raise OnnxcamError(f"opacity is {opacity}; it must be between 0 and 1")
     photo = image if image.mode == "RGB" else image.convert("RGB")
-    signed = evidence in _AGAINST
+    signed = evidence in AGAINST
     level = Image.fromarray(_levels(-heat if evidence == "counterfactual" else heat, signed))
-    strengths = np.resize(_strengths(signed), 256)  # as many as a byte has values
-    alpha = level.point([round(255 * opacity * strength) for strength in strengths])
-    level.putpalette(_table(signed).tobytes())
-    mute = min(2 * opacity, 1) if signed else opacity
-    luma = np.append(np.array([0.299, 0.587, 0.114]) * mute, 0)
-    over = photo.convert("RGB", tuple((luma + (1 - mute) * np.eye(3, 4)).flat))
+    opacities = np.resize(opacity * strengths(signed), 256)  # as many as a byte has values
+    alpha = level.point([round(255 * each) for each in opacities])
+    level.putpalette(color_table(signed).tobytes())
+    over = photo.convert("RGB", tuple(np.pad(muting(opacity, signed), ((0, 0), (0, 1))).flat))
     over.paste(level.convert("RGB"), mask=alpha)
     if mask is None or mask.all():
         return over
-    unseen = photo.convert("L").point([round(0.55 * grey + 0.45 * 255) for grey in range(256)]).convert("RGB")
-    return Image.composite(over, unseen, Image.fromarray(mask.astype(np.uint8) * 255))
+    unseen = photo.convert("L").point([round(PALE * grey + (1 - PALE) * 255) for grey in range(256)])
+    return Image.composite(over, unseen.convert("RGB"), Image.fromarray(mask.astype(np.uint8) * 255))
 
 
 class Column(NamedTuple):
@@ -250,7 +260,7 @@ def _color_bar(sheet: Image.Image, left: int, top: int, width: int, evidence: st
     bar = np.linspace(low, high, stop - start, dtype=np.float32)[None].repeat(12, axis=0)
     colors = colorize(bar, low < 0).astype(np.float64)
     if low < 0:
-        colors += (255 - colors) * (1 - _strengths(True)[_levels(bar, True), None])  # on the white sheet
+        colors += (255 - colors) * (1 - strengths(True)[_levels(bar, True), None])  # on the white sheet
     sheet.paste(Image.fromarray(np.rint(colors).astype(np.uint8)), (start, top + 5))
     draw.text((left, top), first, _GREY, font)
     draw.text((stop + 10, top), last, _GREY, font)

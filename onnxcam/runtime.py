@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onnxcam.card import Card, Preprocess
+from onnxcam.card import WANTED, Card, Preprocess
 from onnxcam.errors import OnnxcamError, suggest
-from onnxcam.image import Viewport, check_facts, open_image, prepare, upright
+from onnxcam.image import Viewport, check_facts, open_image, prepare, seen, upright
 from onnxcam.render import OPACITY, PANEL, Column, overlay, panel
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Explanation:
         predictions: the five best classes (all, if there are fewer), best first.
         classes: the K classes explained.
         cam: float32 [K,h,w], the method's maps at the layer's resolution, unscaled.
-        heatmap: float32 [K,H,W] at the model's input size, each scaled to [0,1], or to [-1,1] where it holds
-            evidence against the class.
+        heatmap: float32 [K,H,W] at the model's input size, or at the picture's where the model takes that
+            itself; each scaled to [0,1], or to [-1,1] where it holds evidence against the class.
         card: what the model says about itself.
         model: the model's file name.
         provider: name of the provider that ran it.
@@ -94,8 +94,22 @@ class Explanation:
             k: position in `classes`.
             opacity: of the map where it is strongest, 0 to 1.
         """
-        heat, seen = self.viewport.to_picture(self.heatmap[k])
+        heat, seen = self.heat(k)
         return overlay(self.image, heat, seen, opacity, self.card.evidence)
+
+    def heat(self, k: int = 0) -> "tuple[Floats, NDArray[np.bool_]]":
+        """Return the k-th heat map over the picture, as `onnxcam.image.Viewport.to_picture` does.
+
+        Args:
+            k: position in `classes`.
+        """
+        heat, seen = self._covers.to_picture(self.heatmap[k])
+        return heat, seen if self.card.picture is None else self.viewport.seen()
+
+    @property
+    def _covers(self) -> Viewport:
+        """The part of the picture that `heatmap` covers."""
+        return self.viewport if self.card.picture is None else self.viewport.whole()
 
     def panel(self, opacity: float = OPACITY) -> Image.Image:
         """Return one picture of the photo and, for each class, the map over it, label and score."""
@@ -142,7 +156,7 @@ class Explanation:
         if self.note(k) in ("not finite", "flat") or not heat.any():
             return None
         row, column = np.unravel_index(int(heat.argmax()), heat.shape)
-        x, y = self.viewport.to_pixel(float(row), float(column), heat.shape)
+        x, y = self._covers.to_pixel(float(row), float(column), heat.shape)
         return min(max(int(x), 0), self.image.width - 1), min(max(int(y), 0), self.image.height - 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,26 +255,33 @@ class Explainer:
             input=_replaced(card.input, given),
             labels=tuple(labels) if labels is not None else card.labels,
         )
+        if card.picture is not None and given:
+            raise OnnxcamError(
+                f"{self.path} prepares the picture itself, as its card says; to change {sorted(given)[0]}, "
+                "attach to the original model again"
+            )
         check_facts(self.card.input)
         inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = {output.name: output for output in self._session.get_outputs()}
         lacking = [name for name in (card.scores, "cam", "cam_heatmap") if name not in outputs]
-        if card.input.name not in inputs or lacking:
-            what = f"output {lacking[0]!r}" if lacking else f"input {card.input.name!r}"
+        takes = card.picture or card.input.name
+        if takes not in inputs or lacking:
+            what = f"output {lacking[0]!r}" if lacking else f"input {takes!r}"
             raise OnnxcamError(f"{self.path} has no {what}; attach again with --emit cam,heatmap")
-        picture, shape = inputs[card.input.name], outputs[card.scores].shape
-        if picture.type not in _DTYPES:
+        picture, shape = inputs[takes], outputs[card.scores].shape
+        if card.picture is None and picture.type not in _DTYPES:
             raise OnnxcamError(f"{self.path} takes {picture.type}; onnxcam feeds {', '.join(_DTYPES)}")
-        self._dtype = _DTYPES[picture.type]
         self._rows = picture.shape[0] if isinstance(picture.shape[0], int) else 1
-        channels = picture.shape[1 if card.input.layout == "NCHW" else 3]
+        channels = picture.shape[1 if card.input.layout == "NCHW" and not card.picture else 3]
         color = self.card.input.color
-        if color is not None and isinstance(channels, int) and channels != self.card.input.channels:
+        wrong = isinstance(channels, int) and channels != self.card.input.channels
+        if card.picture is None and color is not None and wrong:
             raise OnnxcamError(f"color is {color}, but the model's input has {channels} channels")
         self.target = card.target or "class"
         self._seed_shape = list(inputs["cam_seed"].shape[1:]) if "cam_seed" in inputs else None
-        optional = {i.name for i in self._session.get_overridable_initializers()}
-        self._mask_shape = list(shape[2:]) if "cam_mask" in optional | inputs.keys() else None
+        inputs |= {i.name: i for i in self._session.get_overridable_initializers()}
+        self._mask_shape = list(shape[2:]) if "cam_mask" in inputs else None
+        self._dtypes = {name: _DTYPES.get(i.type) for name, i in inputs.items()}
         self._count = shape[1] if isinstance(shape[1], int) else len(self.card.labels or ()) or None
         self._check_labels(self._count)
 
@@ -292,19 +313,24 @@ class Explainer:
         (other,) = self.resolve(against) if self.target == "contrast" else (None,)
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
         picture = as_picture(image)
-        x, viewport = prepare(picture, self.card.input)
+        x, viewport = self._fed(picture)
         feeds: dict[str, NDArray[Any]] = {
-            self.card.input.name: np.repeat(x.astype(self._dtype), self._rows, axis=0)
+            self.card.picture or self.card.input.name: np.repeat(x, self._rows, axis=0)
         }
+        if self.card.on_demand:
+            feeds[WANTED] = np.array(True)
         if seed is None:
             feeds["cam_class"] = np.array([wanted], np.int64)
         else:
-            feeds["cam_seed"] = np.repeat(np.asarray(seed, self._dtype)[None], self._rows, axis=0)
+            weights = np.asarray(seed, self._dtypes["cam_seed"])
+            feeds["cam_seed"] = np.repeat(weights[None], self._rows, axis=0)
         if other is not None:
             feeds["cam_against"] = np.array([[other]], np.int64)
         if self._mask_shape is not None:
             feeds["cam_mask"] = (
-                np.ones((1, 1, 1), self._dtype) if mask is None else mask[None].astype(self._dtype)
+                np.ones((1, 1, 1), self._dtypes["cam_mask"])
+                if mask is None
+                else mask[None].astype(self._dtypes["cam_mask"])
             )
         scores, cam, heatmap = run(self._session, [self.card.scores, "cam", "cam_heatmap"], feeds, self.path)
         if seed is not None:
@@ -339,6 +365,15 @@ class Explainer:
             name=name,
             against=rival,
         )
+
+    def _fed(self, picture: Image.Image) -> "tuple[NDArray[Any], Viewport]":
+        """Return what the model takes for a picture, and the part of the picture that it sees."""
+        facts = self.card.input
+        if self.card.picture is None:
+            x, viewport = prepare(picture, facts)
+            return x.astype(self._dtypes[facts.name]), viewport
+        assert facts.width and facts.height
+        return np.asarray(picture)[None], seen(picture.size, facts.width, facts.height, facts.shorter_edge)
 
     def _of_a_seed(
         self,

@@ -663,7 +663,7 @@ BAD_ATTACH = {
     "method": (["--method", "gradcan"], "no method 'gradcan' .did you mean 'gradcam'"),
     "emit": (
         ["--emit", "cam,heat"],
-        "output is 'heat'; it must be one of cam, heatmap, activations, gradients",
+        "output is 'heat'; it must be one of cam, heatmap, overlay, activations, gradients",
     ),
     "emit nothing": (["--emit", ","], "nothing to emit"),
     "class input": (

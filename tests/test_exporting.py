@@ -32,6 +32,7 @@ from tests.checks import quiet, relative_error
 
 SMALL = torch.zeros(1, 3, 16, 16)
 BATCH_NORMS = 20  # in ResNet-18
+TENSORS = tuple(name for name in EMITS if name != "overlay")  # which needs facts about the picture
 
 
 class Net(nn.Module):
@@ -201,7 +202,7 @@ def net():
 def explained(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "net.onnx"
     facts = {"color": "RGB", "scale": 1 / 255, "mean": (0.5,), "std": (0.5,), "resize": "stretch"}
-    model = export(net, SMALL, path, emit=EMITS, labels=list("abcde"), **facts)
+    model = export(net, SMALL, path, emit=TENSORS, labels=list("abcde"), **facts)
     assert ir.to_proto(model) == onnx.load(path)
     return path
 
@@ -293,7 +294,7 @@ def test_module_paths_stay(explained):
 def exported_resnet18(request, tmp_path_factory):
     """The module, the layer asked for, and the file."""
     module, path = resnet18(), tmp_path_factory.mktemp("export") / "resnet18.onnx"
-    model = export(module, torch.zeros(1, 3, 64, 64), path, layer=request.param, emit=EMITS)
+    model = export(module, torch.zeros(1, 3, 64, 64), path, layer=request.param, emit=TENSORS)
     assert card_of(model).module == (request.param if request.param == "layer4.1.conv2" else "layer4.1.relu")
     return module, request.param, path
 
@@ -316,7 +317,7 @@ def test_batch_norms_are_left_to_the_runtime(exported_resnet18, tmp_path):
 
 def test_mobilenet_v3_small():
     module = seeded(torchvision.models.mobilenet_v3_small)
-    model = export(module, torch.zeros(1, 3, 64, 64), emit=EMITS)
+    model = export(module, torch.zeros(1, 3, 64, 64), emit=TENSORS)
     assert card_of(model).module == "features.12.2"
     agrees(model, module, "features.12", pictures(2, 64))
 
@@ -332,14 +333,14 @@ def test_mobilenet_v3_small():
     ],
 )
 def test_layer_by_module_path(net, layer, value):
-    model = export(net, SMALL, layer=layer, emit=EMITS)
+    model = export(net, SMALL, layer=layer, emit=TENSORS)
     assert card_of(model).layer == value
     agrees(model, net, layer, pictures(2))
 
 
 def test_layer_that_is_not_the_last_that_its_module_computes():
     module = seeded(Gated)
-    model = export(module, SMALL, layer="body", emit=EMITS)
+    model = export(module, SMALL, layer="body", emit=TENSORS)
     assert (card_of(model).layer, card_of(model).module) == ("conv2d", "body.main")
     agrees(model, module, "body", pictures(2))
 
@@ -360,7 +361,7 @@ class ChannelsLast(nn.Module):
 
 def test_gradient_through_a_channels_last_map():
     module = seeded(ChannelsLast)
-    model = export(module, SMALL, layer="conv", emit=EMITS)
+    model = export(module, SMALL, layer="conv", emit=TENSORS)
     agrees(model, module, "conv", pictures(2))
 
 
@@ -376,7 +377,7 @@ def test_tokens(layer):
     }
     module = seeded(torchvision.models.VisionTransformer, **sizes, num_classes=5)
     nn.init.normal_(module.heads.head.weight)
-    model = export(module, torch.zeros(1, 3, 24, 24), layer=layer, emit=EMITS)
+    model = export(module, torch.zeros(1, 3, 24, 24), layer=layer, emit=TENSORS)
     card = card_of(model)
     assert card.grid == "tokens 1 to 9 as 3x3"
     x = pictures(2, 24)
@@ -390,7 +391,7 @@ def test_tokens(layer):
 
 def test_channels_last_layer():
     module = seeded(ChannelsLast)
-    model = export(module, SMALL, layer="norm", emit=EMITS)
+    model = export(module, SMALL, layer="norm", emit=TENSORS)
     assert card_of(model).grid == "channels last"
     got, (_, *want) = run(model, pictures(1), [[1]]), in_torch(module, "norm", pictures(1), [[1]])
     assert relative_error(got["cam_activations"], want[0].transpose(0, 3, 1, 2)) <= 1e-4
@@ -400,7 +401,7 @@ def test_channels_last_layer():
 @pytest.mark.parametrize("layer", ["relu", "node_relu"])
 def test_layer_by_the_name_of_a_value_or_node(layer):
     module = seeded(Functional)
-    model = export(module, SMALL, layer=layer, emit=EMITS)
+    model = export(module, SMALL, layer=layer, emit=TENSORS)
     assert card_of(model).layer == layer.removeprefix("node_")
 
 
@@ -453,7 +454,7 @@ def test_a_method_that_looks_at_the_picture_is_checked_there(net, monkeypatch):
 
 
 def test_layer_may_be_the_picture_itself(net):
-    model = export(net, SMALL, layer="image", emit=EMITS)
+    model = export(net, SMALL, layer="image", emit=TENSORS)
     x = pictures(1).requires_grad_()
     copy.deepcopy(net).eval()(x)[0, 2].backward()
     assert relative_error(run(model, x, [[2]])["cam_gradients"], x.grad.numpy()) <= 1e-4
@@ -461,7 +462,7 @@ def test_layer_may_be_the_picture_itself(net):
 
 def test_functional_net():
     module = seeded(Functional)
-    model = export(module, SMALL, emit=EMITS)
+    model = export(module, SMALL, emit=TENSORS)
     card = card_of(model)
     assert (card.layer, card.module) == ("hardswish", None)
     x = pictures(2)
@@ -481,7 +482,7 @@ def test_functional_net():
 )
 def test_ends_in_a_probability(end, score, layer):
     module = seeded(Ending, end)
-    model = export(module, SMALL, layer=layer, score=score, emit=EMITS)
+    model = export(module, SMALL, layer=layer, score=score, emit=TENSORS)
     x, at = pictures(2), layer or "relu"
     got = run(model, x, [[1], [3]])
     inner = Ending(nn.Identity()) if score == "before" else Ending(nn.Softmax(1))
@@ -612,7 +613,7 @@ def test_checks_without_onnxruntime(net, monkeypatch):
 )
 def test_other_dtypes(dtype, layer):
     module = seeded(Net).to(dtype)
-    model = export(module, example(module, 3, 16, 16), layer=layer, emit=EMITS)
+    model = export(module, example(module, 3, 16, 16), layer=layer, emit=TENSORS)
     kinds = {str(v.dtype) for v in (model.graph.inputs[0], *model.graph.outputs)}
     assert kinds == {"DOUBLE" if dtype == torch.float64 else "FLOAT16", "FLOAT"}
 
