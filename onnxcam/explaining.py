@@ -108,7 +108,10 @@ def _single(op: Emitter, probe: Probe, request: Request, wanted: Sequence[str]) 
 
 
 def _heatmap(op: Emitter, cam: Value, probes: Sequence[Probe], request: Request) -> Value:
+    valid = probes[0].seeds.valid
     with op.scope("heatmap"):
+        if valid is not None:  # a map of zeros becomes a heat map of zeros, in any dialect
+            cam = op.Where(op.Unsqueeze(valid, [2, 3]), cam, 0.0)
         return request.dialect.heatmap(op, cam, probes[0].size(), request.signed)
 
 
