@@ -77,7 +77,8 @@ def resized(
 def _between(op: Emitter, cells: int, pixels: int, like: Value) -> Value:
     """The weights [pixels,cells] of linear interpolation between the centres of cells.
 
-    They have the dtype of `like` and are computed in the graph, from a number for each pixel, so that they take no room in the file.
+    They have the dtype of `like` and are computed in the graph, from a number for each pixel, so that they
+    take no room in the file.
     """
     assert like.dtype is not None
     at = np.clip((np.arange(pixels)[:, None] + 0.5) * cells / pixels - 0.5, 0, cells - 1)
