@@ -296,7 +296,7 @@ def run(
     layout: Layout = None,
 ) -> None:
     """Explain pictures: for each class an overlay, and one panel with all of them."""
-    from onnxcam.runtime import Explainer
+    from onnxcam.runtime import Explainer, in_parallel
 
     _check_folder(output)
     explainer = Explainer(
@@ -320,20 +320,26 @@ def run(
         **({"seed": _array(seed)} if seed else {"classes": wanted}),
         **({"mask": _mask(mask)} if mask else {}),
     }
-    stems = _stems(images)
+
+    def explained(named: tuple[Path, str]) -> tuple["Explanation | OnnxcamError", dict[str, Any]]:
+        image, stem = named
+        try:
+            explanation = explainer(image, **given)
+        except OnnxcamError as error:
+            return error, {}
+        return explanation, _write(explanation, output, stem, opacity)
+
     failed = 0
     with _Bar(len(images)) as bar:
-        for image, stem in zip(images, stems, strict=True):
-            try:
-                explanation = explainer(image, **given)
-            except OnnxcamError as error:
+        for done in in_parallel(explained, zip(images, _stems(images), strict=True)):
+            explanation, files = done.result()
+            if isinstance(explanation, OnnxcamError):
                 if len(images) == 1:
-                    raise
+                    raise explanation
                 failed += 1
                 bar.clear()
-                _complain(error)
+                _complain(explanation)
             else:
-                files = _write(explanation, output, stem, opacity)
                 bar.clear()
                 typer.echo(_json(explanation, files) if as_json else _text(explanation, files))
             bar.advance()
