@@ -48,7 +48,6 @@ async function openModel(name, read) {
     const { method, module, layer, labels } = model.card;
     element("about").textContent = `${name}: ${method} at ${module ?? layer}`;
     element("labels").replaceChildren(...(labels ?? []).map((label) => new Option(label)));
-    element("bar").hidden = false;
     [element("low").textContent, element("high").textContent] = drawBar(element("bar"), model.card.evidence);
     explain(BEST);
   });
@@ -109,7 +108,6 @@ function paint() {
   canvas.getContext("2d").putImageData(drawn, 0, 0);
   canvas.hidden = false;
   element("empty").hidden = true;
-  element("drop").classList.add("filled");
 }
 
 /** Drop what was found out about another photo, or by another model. */

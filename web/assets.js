@@ -14,9 +14,8 @@ export async function contentOf(path) {
   return answer.arrayBuffer();
 }
 
-/** Return an address at which the file at `path` can be imported. */
-export async function addressOf(path) {
+/** Return the address of the file at `path`; a Blob where it is inside of the page. */
+export async function sourceOf(path) {
   if (!document.getElementById(path)) return new URL(path, document.baseURI).href;
-  const type = TYPES[path.split(".").pop()];
-  return URL.createObjectURL(new Blob([await contentOf(path)], { type }));
+  return new Blob([await contentOf(path)], { type: TYPES[path.split(".").pop()] });
 }

@@ -1,6 +1,6 @@
 // An explained model and what runs it.
 
-import { addressOf } from "./assets.js";
+import { sourceOf } from "./assets.js";
 import { cardOf, checkEnds } from "./card.js";
 import { rgbOf } from "./picture.js";
 
@@ -20,8 +20,8 @@ export class Engine {
   }
 
   async #start() {
-    const [worker, library, wasm] = await Promise.all(["worker.js", LIBRARY, WASM].map(addressOf));
-    this.#worker = new Worker(worker, { type: "module" });
+    const [worker, library, wasm] = await Promise.all(["worker.js", LIBRARY, WASM].map(sourceOf));
+    this.#worker = new Worker(worker instanceof Blob ? URL.createObjectURL(worker) : worker);
     this.#worker.addEventListener("message", ({ data: { id, result, error } }) => {
       const { resolve, reject } = this.#waiting.get(id);
       this.#waiting.delete(id);

@@ -1,12 +1,12 @@
-// Runs onnxruntime-web away from the page, which stays responsive.
+// Runs onnxruntime-web away from the page, which stays responsive. A classic script: from file: no other starts.
 
 let ort;
 const sessions = new Map();
 
 const jobs = {
   async start({ library, wasm, threads }) {
-    ort = await import(library);
-    ort.env.wasm.wasmPaths = { wasm };
+    ort = await import(address(library));
+    ort.env.wasm.wasmPaths = { wasm: address(wasm) };
     ort.env.wasm.numThreads = threads;
   },
 
@@ -28,6 +28,9 @@ const jobs = {
     sessions.delete(number);
   },
 };
+
+/** A worker of a page that has no server may not read its page's blob addresses, but its own. */
+const address = (source) => (source instanceof Blob ? URL.createObjectURL(source) : source);
 
 function plain({ type, data, dims }) {
   if (type === "float16" && data instanceof Uint16Array) {
