@@ -27,8 +27,6 @@ from onnxcam.files import replacing
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PORT = 8000
-
 VERSION = "1.30.0"
 """Of onnxruntime-web, by Microsoft, MIT licence."""
 _INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -183,7 +181,7 @@ def _unfit(model: "ir.Model", card: Card) -> str | None:
     return f"has no output {sorted(lacking)[0]!r}" if lacking else None
 
 
-def server(files: Mapping[str, Content], port: int = PORT) -> ThreadingHTTPServer:
+def server(files: Mapping[str, Content], port: int) -> ThreadingHTTPServer:
     """Return a server of these files on 127.0.0.1; its ``serve_forever`` starts it.
 
     Args:

@@ -155,9 +155,15 @@ function say(text, busy = false) {
   element("main").setAttribute("aria-busy", busy);
 }
 
+/** Show what is wrong; every second part between backquotes is a command. */
 function complain(text) {
-  element("error").textContent = text;
+  const parts = text.split("`").map((part, index) => {
+    if (index % 2 === 0) return part;
+    return Object.assign(document.createElement("code"), { textContent: part, tabIndex: 0 });
+  });
+  element("error").replaceChildren(...parts);
   element("error").hidden = !text;
+  element("error").scrollIntoView({ block: "nearest" });
 }
 
 /** Do something; an error is shown behind `what`. */
@@ -258,5 +264,5 @@ async function offerModels() {
   else say("Open an explained model to begin.");
 }
 
-say("");
+element("stuck").remove();
 offerModels();

@@ -5,9 +5,12 @@ const FORMAT = 1;
 const GRAPH = 7; // of ModelProto in onnx.proto
 const METADATA = 14;
 
-const ATTACH =
-  "onnxcam attach model.onnx -o explained.onnx --embed-preprocess --class-input required" +
-  " (with --color, --scale, --mean, --std and --resize as the model was trained)";
+// What stands in backquotes is shown as a command.
+const ATTACH = `Attach the original model with
+\`onnxcam attach model.onnx \\
+  -o explained.onnx \\
+  --embed-preprocess \\
+  --class-input required\` and --color, --scale, --mean, --std and --resize as it was trained.`;
 
 /** Return the card of the model in `bytes`, a Uint8Array; an Error says what is missing and what to do. */
 export function cardOf(bytes) {
@@ -25,14 +28,14 @@ export function cardOf(bytes) {
     graph = false;
   }
   if (!graph) throw new Error("it is not an ONNX model, or it is damaged.");
-  if (json === null) throw new Error(`it does not explain itself yet. Make it do so with: ${ATTACH}`);
+  if (json === null) throw new Error(`it does not explain itself yet. ${ATTACH}`);
   const card = parsed(json);
   if (card?.format !== FORMAT) {
-    throw new Error(`its card has format ${card?.format}; this page reads format ${FORMAT}. Attach it again.`);
+    throw new Error(`its card has format ${card?.format}; this page reads format ${FORMAT}. ${ATTACH}`);
   }
-  if (!card.picture) throw new Error(`it does not prepare the photo itself. Attach it with: ${ATTACH}`);
+  if (!card.picture) throw new Error(`it does not prepare the photo itself. ${ATTACH}`);
   if (card.target === "seed") {
-    throw new Error(`it explains a weighted sum of scores, but this page shows classes. Attach it with: ${ATTACH}`);
+    throw new Error(`it explains a weighted sum of scores, but this page shows classes. ${ATTACH}`);
   }
   return card;
 }
@@ -40,10 +43,10 @@ export function cardOf(bytes) {
 /** See that the model has the inputs and outputs that the page needs. */
 export function checkEnds(card, inputs, outputs) {
   if (!inputs.includes("cam_class")) {
-    throw new Error(`it leaves the class optional, which no browser can change. Attach it with: ${ATTACH}`);
+    throw new Error(`it leaves the class optional, which no browser can change. ${ATTACH}`);
   }
   for (const name of [card.scores, "cam", "cam_heatmap"]) {
-    if (!outputs.includes(name)) throw new Error(`it has no output ${name}. Attach it with: ${ATTACH}`);
+    if (!outputs.includes(name)) throw new Error(`it has no output ${name}. ${ATTACH}`);
   }
   const known = [card.picture, "cam_class", "cam_wanted"];
   const unknown = inputs.find((name) => !known.includes(name));
@@ -54,7 +57,7 @@ function parsed(json) {
   try {
     return JSON.parse(json);
   } catch {
-    throw new Error("its card is damaged. Attach it again.");
+    throw new Error(`its card is damaged. ${ATTACH}`);
   }
 }
 

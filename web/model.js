@@ -36,7 +36,7 @@ export class Engine {
     try {
       await this.#send("start", { library, wasm, threads });
     } catch (error) {
-      throw new Error(`onnxruntime-web does not start (${error.message}). Fetch it with: onnxcam web --fetch`);
+      throw new Error(`onnxruntime-web does not start (${error.message}). Fetch it once with \`onnxcam web --fetch\``);
     }
   }
 
