@@ -105,7 +105,7 @@ function paint() {
   if (canvas.height !== photo.height) canvas.height = photo.height;
   const seen = shown && seenBy(model.card.input, photo.width, photo.height);
   const drawn = shown ? overlay(photo, shown.heatmap, seen, opacity, model.card.evidence) : photo;
-  canvas.getContext("2d").putImageData(drawn, 0, 0);
+  canvas.getContext("2d", { willReadFrequently: true }).putImageData(drawn, 0, 0); // nothing else draws
   canvas.hidden = false;
   element("empty").hidden = true;
 }

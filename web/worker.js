@@ -11,7 +11,8 @@ const jobs = {
   },
 
   async load({ bytes }) {
-    const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+    const options = { executionProviders: ["wasm"], logSeverityLevel: 3 }; // it would warn of an optional cam_class
+    const session = await ort.InferenceSession.create(bytes, options);
     const number = sessions.size ? Math.max(...sessions.keys()) + 1 : 0;
     sessions.set(number, session);
     return { number, inputs: session.inputNames, outputs: session.outputNames };
