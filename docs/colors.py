@@ -2,9 +2,7 @@
 
 import json
 
-import numpy as np
-
-from onnxcam.render import OPACITY, _strengths, colorize
+from onnxcam.render import AGAINST, LUMA, OPACITY, PALE, color_table, strengths
 
 
 def script() -> str:
@@ -15,17 +13,17 @@ def script() -> str:
         "",
         "const bytes = (hex) => Uint8Array.from(hex.match(/../g), (byte) => parseInt(byte, 16));",
     ]
-    for name, low, count in ("UNSIGNED", 0, 256), ("SIGNED", -1, 255):
-        colors = colorize(np.linspace(low, 1, count, dtype=np.float32), signed=low < 0)
-        opacities = [round(float(strength), 6) for strength in _strengths(low < 0)]
+    for name, signed in ("UNSIGNED", False), ("SIGNED", True):
         parts += [
             "",
             f"export const {name} = {{",
-            f'  colors: bytes("{colors.tobytes().hex()}"),',
-            f"  strengths: {json.dumps(opacities)},",
+            f'  colors: bytes("{color_table(signed).tobytes().hex()}"),',
+            f"  strengths: {json.dumps([round(float(strength), 6) for strength in strengths(signed)])},",
             "};",
         ]
-    return "\n".join([*parts, "", f"export const OPACITY = {OPACITY};"])
+    for name, value in ("AGAINST", AGAINST), ("LUMA", LUMA.tolist()), ("PALE", PALE), ("OPACITY", OPACITY):
+        parts += ["", f"export const {name} = {json.dumps(value)};"]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

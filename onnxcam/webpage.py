@@ -195,12 +195,9 @@ def server(files: Mapping[str, Content], port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
             path = self.path.partition("?")[0].removeprefix("/") or "index.html"
-            content = files.get(path)
             try:
-                body = content.read_bytes() if isinstance(content, Path) else content
-            except OSError:
-                body = None
-            if body is None:
+                body = _read(files[path])
+            except (KeyError, OnnxcamError):
                 self.send_error(404)
                 return
             self.send_response(200)
@@ -232,7 +229,7 @@ def single_file(files: Mapping[str, Content], output: Path) -> None:
         output: where it is written, whole or not at all.
 
     Raises:
-        OnnxcamError: there is no model, or the file cannot be written.
+        OnnxcamError: there is no model, or a file cannot be read or written.
     """
     if not any(path.endswith(".onnx") for path in files):
         raise OnnxcamError("give the explained models that the page is to hold")
@@ -272,7 +269,12 @@ def _joined(files: Mapping[str, Content], name: str) -> str:
 
 
 def _read(content: Content) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
+    if isinstance(content, bytes):
+        return content
+    try:
+        return content.read_bytes()
+    except OSError as error:
+        raise OnnxcamError(f"{content} cannot be read: {error.strerror or error}") from error
 
 
 def _text(name: str) -> str:

@@ -1,8 +1,6 @@
 // Maps as pictures, by the rules of onnxcam/render.py.
 
-import { SIGNED, UNSIGNED } from "./colors.js";
-
-const AGAINST = ["against", "both", "counterfactual"];
+import { AGAINST, LUMA, PALE, SIGNED, UNSIGNED } from "./colors.js";
 
 /** Return the colours that a map of this evidence is drawn in. */
 const scaleOf = (evidence) => (AGAINST.includes(evidence) ? SIGNED : UNSIGNED);
@@ -33,14 +31,14 @@ export function overlay(photo, heat, seen, opacity, evidence) {
   for (let y = 0, at = 0, pixel = 0; y < height; y++) {
     const inside = y >= seen.top && y < seen.bottom;
     for (let x = 0; x < width; x++, at += 4, pixel++) {
-      const luma = 0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2];
+      const luma = LUMA[0] * data[at] + LUMA[1] * data[at + 1] + LUMA[2] * data[at + 2];
       const unseen = !inside || x < seen.left || x >= seen.right;
       const level = unseen ? 0 : levelOf(sign * heat[pixel], scale);
       const alpha = alphas[level];
       for (let c = 0; c < 3; c++) {
         const muted = Math.round(luma * mute + data[at + c] * (1 - mute));
         drawn.data[at + c] = unseen
-          ? 0.55 * Math.round(luma) + 0.45 * 255
+          ? PALE * Math.round(luma) + (1 - PALE) * 255
           : muted * (1 - alpha) + scale.colors[3 * level + c] * alpha;
       }
       drawn.data[at + 3] = 255;
