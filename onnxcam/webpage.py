@@ -124,7 +124,7 @@ def site(models: Sequence[Path] = ()) -> dict[str, Content]:
     root = folder()
     if not _is_fetched(root / "ort"):
         raise OnnxcamError(
-            f"the page needs onnxruntime-web {VERSION}, 14 MB from npm; fetch it once with: onnxcam web --fetch"
+            f"the page needs onnxruntime-web {VERSION} from npm, a download of 33 MB; fetch it once with: onnxcam web --fetch"
         )
     for model in models:
         check(model)
