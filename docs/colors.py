@@ -8,8 +8,8 @@ from onnxcam.render import AGAINST, LUMA, OPACITY, PALE, color_table, strengths
 def script() -> str:
     """Return web/colors.js."""
     parts = [
-        "// Made by docs/colors.py. A scale runs from 0 to 1, the signed one from -1 to 1: the colour of each level,",
-        "// RGB, and how opaque it is.",
+        "// Made by docs/colors.py. A scale runs from 0 to 1, the signed one from -1 to 1:",
+        "// the colour of each level, RGB, and how opaque it is.",
         "",
         "const bytes = (hex) => Uint8Array.from(hex.match(/../g), (byte) => parseInt(byte, 16));",
     ]

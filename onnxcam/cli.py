@@ -655,11 +655,13 @@ def web(
         list[Path] | None,
         typer.Argument(
             help="Models for it, attached with --embed-preprocess --class-input required.",
-            metavar="[MODEL]...",
+            metavar="MODEL",
             readable=False,
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for one that is free.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for one that is free.")
+    ] = 8000,
     single_file: Annotated[
         Path | None,
         typer.Option(

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxcam.card import Card
+from onnxcam.card import WANTED, Card
 from onnxcam.errors import OnnxcamError
 from onnxcam.files import replacing
 
@@ -52,6 +52,8 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
+    # The page says so too, but its worker goes by what the server says.
+    "Content-Security-Policy": "connect-src 'self' blob: data:",
     "Cache-Control": "no-cache",
 }
 
@@ -61,7 +63,7 @@ Content = Path | bytes
 
 
 def folder() -> Path:
-    """Return the folder of the page: beside this package in a checkout, inside of it where it is installed."""
+    """Return the page's folder: beside this package in a checkout, inside of it where it is installed."""
     package = Path(__file__).parent
     checkout = package.parent / "web"
     return checkout if (checkout / "index.html").is_file() else package / "web"
@@ -81,7 +83,8 @@ def fetch() -> Path:
     target = folder() / "ort"
     if _is_fetched(target):
         return target
-    registry = os.environ.get("npm_config_registry") or "https://registry.npmjs.org"
+    environment = {name.lower(): value for name, value in os.environ.items()}  # npm takes either case
+    registry = environment.get("npm_config_registry") or "https://registry.npmjs.org"
     url = f"{registry.rstrip('/')}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
@@ -124,7 +127,8 @@ def site(models: Sequence[Path] = ()) -> dict[str, Content]:
     root = folder()
     if not _is_fetched(root / "ort"):
         raise OnnxcamError(
-            f"the page needs onnxruntime-web {VERSION} from npm, a download of 33 MB; fetch it once with: onnxcam web --fetch"
+            f"the page needs onnxruntime-web {VERSION} from npm, a download of 33 MB; "
+            "fetch it once with: onnxcam web --fetch"
         )
     for model in models:
         check(model)
@@ -161,24 +165,27 @@ def check(path: Path) -> None:
     if reason is not None:
         raise OnnxcamError(f"{path} {reason}; attach the original model with: {_ATTACH}")
     if any(type(v.const_value).__name__ == "ExternalTensor" for v in model.graph.initializers.values()):
-        raise OnnxcamError(f"{path} keeps its weights in another file; a browser takes a model of one file only")
+        raise OnnxcamError(
+            f"{path} keeps its weights in another file; a browser takes a model of one file only"
+        )
 
 
 def _unfit(model: "ir.Model", card: Card) -> str | None:
     """Say why a browser cannot use an explained model; None: it can."""
     graph = model.graph
-    names = {value.name for value in graph.inputs if value.name not in graph.initializers}
+    names = [value.name for value in graph.inputs if value.name not in graph.initializers]
     if card.picture is None:
         return "does not prepare the photo itself"
     if card.target == "seed":
         return "explains a weighted sum of scores, but the page shows classes"
     if "cam_class" not in names:
         return "leaves the class optional, which no browser can change"
-    unknown = sorted(names - {card.picture, "cam_class", "cam_wanted"} - {None})
+    unknown = [name for name in names if name not in (card.picture, "cam_class", WANTED)]
     if unknown:
         return f"has an input {unknown[0]!r} that the page cannot fill"
-    lacking = {card.scores, "cam", "cam_heatmap"} - {value.name for value in graph.outputs}
-    return f"has no output {sorted(lacking)[0]!r}" if lacking else None
+    made = [value.name for value in graph.outputs]
+    lacking = [name for name in (card.scores, "cam", "cam_heatmap") if name not in made]
+    return f"has no output {lacking[0]!r}" if lacking else None
 
 
 def server(files: Mapping[str, Content], port: int) -> ThreadingHTTPServer:
@@ -193,7 +200,7 @@ def server(files: Mapping[str, Content], port: int) -> ThreadingHTTPServer:
     """
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+        def do_GET(self) -> None:
             path = self.path.partition("?")[0].removeprefix("/") or "index.html"
             try:
                 body = _read(files[path])

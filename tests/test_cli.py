@@ -30,7 +30,18 @@ from tests.small import FLAGS, classifier, floats, saved
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("run", "attach", "export", "layers", "methods", "compare", "filters", "activations", "operators"),
+    *(
+        "run",
+        "attach",
+        "export",
+        "layers",
+        "methods",
+        "compare",
+        "filters",
+        "activations",
+        "operators",
+        "web",
+    ),
 )
 
 

@@ -20,9 +20,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from typer.testing import CliRunner
 
 from onnxcam import webpage
 from onnxcam.attaching import attach
+from onnxcam.cli import app
 from onnxcam.errors import OnnxcamError
 from tests.small import FACTS, saved
 
@@ -197,6 +199,20 @@ def test_one_file_holds_all_of_it(whole, fit, tmp_path):
     assert "'self'" not in page
 
 
+def test_the_command_fetches_and_writes_one_file(whole, fit, tmp_path):
+    def call(*arguments):
+        done = CliRunner().invoke(app, ["web", *map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    assert call("--fetch") == f"onnxruntime-web {webpage.VERSION}: {whole / 'ort'}\n"
+    output = tmp_path / "one.html"
+    assert call("--single-file", output, fit) == f"{output}: 0.1 MB\n"
+    assert 'id="models/0.onnx"' in output.read_text()
+    with pytest.raises(OnnxcamError, match="is the model itself"):
+        call("--single-file", fit, fit)
+
+
 def test_one_file_is_written_whole_or_not_at_all(whole, fit, tmp_path):
     with pytest.raises(OnnxcamError, match="give the explained models"):
         webpage.single_file(webpage.site(), tmp_path / "one.html")
@@ -204,7 +220,7 @@ def test_one_file_is_written_whole_or_not_at_all(whole, fit, tmp_path):
     output = tmp_path / "one.html"
     output.write_text("before")
     fit.unlink()
-    with pytest.raises(OnnxcamError, match="fit.onnx cannot be read: No such file"):
+    with pytest.raises(OnnxcamError, match="cannot be read: No such file"):
         webpage.single_file(files, output)
     assert output.read_text() == "before"
     assert [path.name for path in tmp_path.glob(".*")] == []

@@ -3,6 +3,9 @@
 import base64
 import functools
 import http.server
+import signal
+import subprocess
+import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,8 +45,9 @@ def test_a_class_that_is_clicked_or_looked_for_has_pythons_map(visit, explainer)
     agrees(screen.shows(ESPRESSO), explainer(PHOTO, "espresso"))
     screen.page.get_by_label("Another class").fill("Soccer Ball")
     screen.page.get_by_role("button", name="Explain").click()
-    # In the page 2 of the 150,528 values of the resized photo, on the edge between two levels of 255, are rounded to
-    # the other. That moves the maps above by 0.0001 and 0.0003, and that of a class which is not in the photo by 0.0010.
+    # In the page 2 of the 150,528 values of the resized photo, on the edge between two levels of 255, are
+    # rounded to the other. That moves the maps above by 0.0001 and 0.0003, and this one, of a class which is
+    # not in the photo, by 0.0010.
     agrees(screen.shows(BALL), explainer(PHOTO, BALL), within=2e-3)
     expect(screen.page.get_by_role("radio", name="soccer ball")).to_be_checked()
     screen.page.get_by_label("Another class").fill("no such thing")
@@ -260,6 +264,15 @@ def test_a_photo_may_be_dropped(visit, explainer):
 
 def test_served_by_onnxcam_it_may_use_threads(visit):
     assert visit().ready().page.evaluate("crossOriginIsolated") is True
+
+
+def test_the_command_serves_until_it_is_interrupted(visit, explainer):
+    command = [sys.executable, ROOT / "cli.py", "web", MODEL, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        screen = visit(process.stdout.readline().strip()).ready()
+        agrees(screen.give(PHOTO).shows(CAT), explainer(PHOTO))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
 
 
 def test_any_file_server_serves_it(visit, explainer):
