@@ -890,6 +890,7 @@ def test_help_names_every_option(call, command):
         "activations": f"--output --layer --scores {facts}".replace(" --labels", ""),
         "methods": "--json",
         "operators": "",
+        "web": "--port --single-file --fetch",
     }[command].split()
     assert set(expected) <= set(re.findall(r"--[a-z-]+", text))
 

@@ -31,8 +31,8 @@ def agrees(screen, explanation, opacity=0.7, within=1e-3):
     heat, _ = explanation.heat()
     np.testing.assert_allclose(screen.heatmap, heat, rtol=0, atol=within)
     wanted = np.asarray(explanation.overlay(0, opacity)).astype(int)
-    # Two roundings on each side, and now and then the neighbouring colour of the map.
-    assert np.abs(screen.drawn - wanted).max() <= 6
+    # Each side rounds twice, and now and then a map's value is drawn in the neighbouring colour: 3 at the most.
+    assert np.abs(screen.drawn - wanted).max() <= 4
 
 
 def test_the_best_class_has_pythons_map(visit, explainer):
@@ -62,14 +62,14 @@ def test_opacity_fades_the_map_as_python_does(visit, explainer):
 
 
 def test_all_of_it_is_done_with_the_keyboard(visit):
-    screen = visit().ready()
-    focused = "document.activeElement.id || document.activeElement.value"
+    screen = visit()
     page = screen.page
+    page.on("filechooser", lambda chooser: chooser.set_files(PHOTO))
+    screen.ready()
+    focused = "document.activeElement.id || document.activeElement.value"
     page.keyboard.press("Tab")
     assert page.evaluate(focused) == "photo"
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files(PHOTO)
+    page.keyboard.press("Enter")
     screen.shows(CAT)
     order = []
     for _ in range(7):
@@ -154,6 +154,10 @@ def test_another_model_is_explained_as_python_does(visit, tmp_path, options):
     expect(screen.page.get_by_text("other.onnx: gradcam")).to_be_visible()
     expect(screen.page.get_by_role("radio", name="Cow")).to_be_visible()
     agrees(screen.shows(), Explainer(model)(photo))
+    choice = screen.page.get_by_label("Explained model")
+    expect(choice.locator("option:checked")).to_have_text("other.onnx")
+    choice.select_option("EfficientNet-Lite0")
+    expect(screen.page.get_by_text("EfficientNet-Lite0: gradcam")).to_be_visible()
 
 
 @pytest.mark.parametrize("angle", [3, 6, 7])
@@ -197,7 +201,7 @@ def test_a_large_photo_is_reduced(visit, tmp_path, explainer):
     assert screen.heatmap.shape == (1365, 2048)
     whole, _ = explainer(photo).heat()
     small = np.asarray(Image.fromarray(whole).resize((2048, 1365), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(screen.heatmap, small, rtol=0, atol=0.05)
+    np.testing.assert_allclose(screen.heatmap, small, rtol=0, atol=0.02)  # reduced in another order: 0.010
 
 
 def test_a_file_that_is_no_photo_is_named(visit):
@@ -224,6 +228,7 @@ def test_a_model_that_cannot_be_used_is_named_and_the_one_before_stays(visit, tm
         cut: "it is not an ONNX model, or it is damaged",
     }.items():
         screen.open(model).says(f"{model.name} cannot be used: {reason}")
+        expect(screen.page.locator("#models option:checked")).to_have_text("EfficientNet-Lite0")
     screen.page.get_by_role("radio", name="espresso").click()
     agrees(screen.shows(ESPRESSO), explainer(PHOTO, "espresso"))
     expect(screen.page.get_by_role("alert")).to_be_hidden()

@@ -12,6 +12,9 @@ const SHOWN = 5;
 const element = (id) => document.getElementById(id);
 const engine = new Engine();
 
+const offered = []; // models to choose from, {name, read}
+
+let current = -1; // place of the model there
 let model = null;
 let photo = null; // ImageData
 let shown = null; // what model.explain returned last
@@ -24,7 +27,7 @@ let running = false;
 async function take([file]) {
   if (!file) return;
   if (file.name.toLowerCase().endsWith(".onnx")) {
-    await openModel(file.name, () => file.arrayBuffer());
+    await openModel({ name: file.name, read: () => file.arrayBuffer() });
   } else {
     await attempt(`${file.name} cannot be shown`, async () => setPhoto(await pictureIn(file)));
   }
@@ -37,13 +40,16 @@ function setPhoto(picture) {
   explain(BEST);
 }
 
-/** Open a model; the one before stays until this one works. */
-async function openModel(name, read) {
+/** Open a model, {name, read}; the one before stays until this one works. */
+async function openModel(entry) {
+  const { name } = entry;
   await attempt(`${name} cannot be used`, async () => {
     say(`Loading ${name}…`, true);
-    const opened = await Model.open(engine, await read());
+    const opened = await Model.open(engine, await entry.read());
     model?.close();
     model = opened;
+    if (!offered.includes(entry)) offer(entry);
+    current = offered.indexOf(entry);
     forget();
     const { method, module, layer, labels } = model.card;
     element("about").textContent = `${name}: ${method} at ${module ?? layer}`;
@@ -51,6 +57,14 @@ async function openModel(name, read) {
     [element("low").textContent, element("high").textContent] = drawBar(element("bar"), model.card.evidence);
     explain(BEST);
   });
+  element("models").selectedIndex = current;
+}
+
+/** Add a model to those that can be chosen. */
+function offer(entry) {
+  offered.push(entry);
+  element("models").append(new Option(entry.name));
+  element("models").hidden = false;
 }
 
 /** Explain a class. While the model runs only the class asked for last is kept. */
@@ -216,7 +230,7 @@ booth.addEventListener("close", () => {
 });
 element("camera").addEventListener("click", openCamera);
 
-// Files, classes, opacity.
+// Files, models, classes, opacity.
 
 for (const id of ["photo", "model"]) {
   element(id).addEventListener("change", async ({ target }) => {
@@ -248,21 +262,17 @@ element("classes").addEventListener("submit", (event) => {
 element("opacity").valueAsNumber = 100 * OPACITY;
 element("opacity").addEventListener("input", paint);
 
-// The models beside the page.
+element("models").addEventListener("change", ({ target }) => openModel(offered[target.selectedIndex]));
 
-async function offerModels() {
-  const select = element("models");
-  const offered = await contentOf("models/index.json").then(
+async function begin() {
+  element("stuck").remove();
+  const beside = await contentOf("models/index.json").then(
     (json) => JSON.parse(new TextDecoder().decode(json)),
-    () => [], // nothing is offered
+    () => [], // no models lie beside the page
   );
-  const open = ({ name, path }) => openModel(name, () => contentOf(`models/${path}`));
-  select.append(...offered.map(({ name }, index) => new Option(name, index)));
-  select.hidden = offered.length === 0;
-  select.addEventListener("change", () => open(offered[select.value]));
-  if (offered.length) await open(offered[0]);
+  for (const { name, path } of beside) offer({ name, read: () => contentOf(`models/${path}`) });
+  if (offered.length) await openModel(offered[0]);
   else say("Open an explained model to begin.");
 }
 
-element("stuck").remove();
-offerModels();
+begin();
