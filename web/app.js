@@ -3,7 +3,7 @@
 import { contentOf } from "./assets.js";
 import { OPACITY } from "./colors.js";
 import { Engine, Model } from "./model.js";
-import { drawBar, overlay, peakOf, remarkOn, seenBy } from "./overlay.js";
+import { drawBar, levelsOf, overlay, peakOf, remarkOn, seenBy } from "./overlay.js";
 import { pictureIn, pixelsOf } from "./picture.js";
 
 const BEST = -1;
@@ -17,7 +17,7 @@ const offered = []; // models to choose from, {name, read}
 let current = -1; // place of the model there
 let model = null;
 let photo = null; // ImageData
-let shown = null; // what model.explain returned last
+let shown = null; // what model.explain returned last, and the levels of the map
 let asked = null; // {index}: the class to explain next
 let running = false;
 
@@ -90,7 +90,7 @@ async function explain(index) {
 // What is shown.
 
 function show(found) {
-  shown = found;
+  shown = { ...found, levels: levelsOf(found.heatmap, model.card.evidence) };
   const top = found.order.slice(0, SHOWN);
   if (!element("list").childElementCount) element("list").replaceChildren(...top.map(choice));
   if (!radio(found.index)) element("list").append(choice(found.index));
@@ -118,7 +118,7 @@ function paint() {
   if (canvas.width !== photo.width) canvas.width = photo.width;
   if (canvas.height !== photo.height) canvas.height = photo.height;
   const seen = shown && seenBy(model.card.input, photo.width, photo.height);
-  const drawn = shown ? overlay(photo, shown.heatmap, seen, opacity, model.card.evidence) : photo;
+  const drawn = shown ? overlay(photo, shown.levels, seen, opacity, model.card.evidence) : photo;
   canvas.getContext("2d", { willReadFrequently: true }).putImageData(drawn, 0, 0); // nothing else draws
   canvas.hidden = false;
   element("empty").hidden = true;

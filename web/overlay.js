@@ -13,35 +13,52 @@ function levelOf(value, scale) {
 }
 
 /**
- * Return `photo` with `heat` over it, ImageData.
+ * Return the place of each value of a heat map, Uint8Array [height, width].
  *
- * @param photo ImageData.
- * @param heat Float32Array [height, width], 0 to 1, or -1 to 1 for evidence against the class.
- * @param seen the part that the model saw, as seenBy returns it: beyond it the photo is grey and pale.
- * @param opacity 0 to 1, of the map where it is strongest.
+ * @param heatmap Float32Array [height, width], 0 to 1, or -1 to 1 for evidence against the class.
  * @param evidence what the map shows, as the card says.
  */
-export function overlay(photo, heat, seen, opacity, evidence) {
+export function levelsOf(heatmap, evidence) {
   const scale = scaleOf(evidence);
   const sign = evidence === "counterfactual" ? -1 : 1;
-  const alphas = scale.strengths.map((strength) => Math.round(255 * opacity * strength) / 255);
+  const levels = new Uint8Array(heatmap.length);
+  for (let pixel = 0; pixel < levels.length; pixel++) levels[pixel] = levelOf(sign * heatmap[pixel], scale);
+  return levels;
+}
+
+/**
+ * Return `photo` with a map over it, ImageData.
+ *
+ * @param photo ImageData.
+ * @param levels of the map, as levelsOf returns them.
+ * @param seen the part that the model saw, as seenBy returns it: beyond it the photo is grey and pale.
+ * @param opacity 0 to 1, of the map where it is strongest.
+ * @param evidence what the map shows.
+ */
+export function overlay(photo, levels, seen, opacity, evidence) {
+  const scale = scaleOf(evidence);
+  const alphas = Float64Array.from(scale.strengths, (strength) => Math.round(255 * opacity * strength) / 255);
+  const tints = Float64Array.from(scale.colors, (color, at) => color * alphas[Math.floor(at / 3)]);
   const mute = scale === SIGNED ? Math.min(2 * opacity, 1) : opacity;
   const { width, height, data } = photo;
   const drawn = new ImageData(width, height);
+  const out = drawn.data;
   for (let y = 0, at = 0, pixel = 0; y < height; y++) {
     const inside = y >= seen.top && y < seen.bottom;
     for (let x = 0; x < width; x++, at += 4, pixel++) {
       const luma = LUMA[0] * data[at] + LUMA[1] * data[at + 1] + LUMA[2] * data[at + 2];
-      const unseen = !inside || x < seen.left || x >= seen.right;
-      const level = unseen ? 0 : levelOf(sign * heat[pixel], scale);
-      const alpha = alphas[level];
-      for (let c = 0; c < 3; c++) {
-        const muted = Math.round(luma * mute + data[at + c] * (1 - mute));
-        drawn.data[at + c] = unseen
-          ? PALE * Math.round(luma) + (1 - PALE) * 255
-          : muted * (1 - alpha) + scale.colors[3 * level + c] * alpha;
+      if (inside && x >= seen.left && x < seen.right) {
+        const tint = 3 * levels[pixel];
+        const rest = 1 - alphas[levels[pixel]];
+        const grey = rest * mute * luma;
+        const color = rest * (1 - mute);
+        out[at] = tints[tint] + grey + color * data[at];
+        out[at + 1] = tints[tint + 1] + grey + color * data[at + 1];
+        out[at + 2] = tints[tint + 2] + grey + color * data[at + 2];
+      } else {
+        out[at] = out[at + 1] = out[at + 2] = PALE * luma + (1 - PALE) * 255;
       }
-      drawn.data[at + 3] = 255;
+      out[at + 3] = 255;
     }
   }
   return drawn;
@@ -84,9 +101,9 @@ export function remarkOn(cam, evidence) {
 export function peakOf(heat, width) {
   let best = 0;
   let place = -1;
-  heat.forEach((value, index) => {
-    if (Math.abs(value) > best) [best, place] = [Math.abs(value), index];
-  });
+  for (let index = 0; index < heat.length; index++) {
+    if (Math.abs(heat[index]) > best) [best, place] = [Math.abs(heat[index]), index];
+  }
   if (place < 0) return null;
   const height = heat.length / width;
   return [((place % width) + 0.5) / width, (Math.floor(place / width) + 0.5) / height].map((part) =>
