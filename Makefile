@@ -64,4 +64,4 @@ zoo: .venv-test/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-test demo build *.egg-info web/ort web/models
+	rm -rf .venv .venv-test demo build *.egg-info web/ort web/models tests_web/seen

@@ -302,6 +302,20 @@ def test_one_file_works_from_a_stick_without_a_network(visit, tmp_path, explaine
     agrees(screen.shows(ESPRESSO), explainer(PHOTO, "espresso"))
 
 
+def test_a_photo_that_a_worker_sends_away_would_be_noticed(browser, elsewhere):
+    page = browser.new_page()
+    page.evaluate(
+        """() => new Promise((done) => {
+          const send = "fetch('http://photo.example/', { method: 'POST', mode: 'no-cors' })";
+          const script = new Blob([`${send}.finally(() => postMessage(0))`], { type: "text/javascript" });
+          new Worker(URL.createObjectURL(script)).onmessage = done;
+        })"""
+    )
+    page.close()
+    assert elsewhere == ["http://photo.example/"]
+    elsewhere.clear()
+
+
 def test_a_page_that_cannot_start_says_so(browser):
     page = browser.new_page()
     page.goto((webpage.folder() / "index.html").as_uri())
