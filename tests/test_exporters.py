@@ -21,8 +21,6 @@ from tests.checks import relative_error
 from tests.graphs import run
 from tests.test_sizes import agrees_with_a_run
 
-torch.set_num_threads(1)
-
 CLASSES = [[0, 3], [4, 1]]
 
 

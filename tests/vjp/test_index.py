@@ -12,7 +12,6 @@ from onnxcam.onnxfile import normalise
 from tests.checks import _one_node_model, check_vjp
 
 RNG = np.random.default_rng(5)
-torch.set_num_threads(1)
 
 MAX, MIN = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 SYMBOLIC = pytest.mark.parametrize("symbolic", [False, True])
