@@ -21,7 +21,6 @@ from tests.checks import quiet, reference, relative_error
 from tests.graphs import build, explained, picture, run
 from tests.test_models import MODELS, ONNX_FILES, for_lite0, for_orientation, for_squeezenet
 
-
 PHOTO = {
     "efficientnet_lite0.onnx": lambda: for_lite0("cat_and_coffee.png"),
     "pp_lcnet_orientation.onnx": lambda: for_orientation("page.png"),
