@@ -230,8 +230,8 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
     """Find the layer called `name`: a value, a node or, standing for its output, a PyTorch module path.
 
     Raises:
-        OnnxcamError: there is no such layer, it is a module of several outputs, it comes after the scores or does
-            not influence them, or it has no plane of positions.
+        OnnxcamError: there is no such layer, it is a module of several outputs, it comes after the scores, it
+            does not influence them, or it has no plane of positions.
     """
     value = _named(model, name, source)
     if value is None:
