@@ -11,8 +11,9 @@ demo: .venv/ready
 	.venv/bin/onnxcam run demo/explained.onnx models/cat_and_coffee.png \
 	    --class "Egyptian cat" --class espresso --output demo
 
+# A process for each core, up to 4 because each takes 2 to 3 GB, and one thread in each.
 test: .venv-test/ready
-	.venv-test/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv-test/ready
 	.venv-test/bin/ruff format --check .

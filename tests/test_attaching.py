@@ -21,8 +21,6 @@ from tests.checks import quiet, reference, relative_error
 from tests.graphs import build, explained, picture, run
 from tests.test_models import MODELS, ONNX_FILES, for_lite0, for_orientation, for_squeezenet
 
-torch.set_num_threads(1)
-
 PHOTO = {
     "efficientnet_lite0.onnx": lambda: for_lite0("cat_and_coffee.png"),
     "pp_lcnet_orientation.onnx": lambda: for_orientation("page.png"),

@@ -1004,7 +1004,10 @@ def test_reader_that_goes_away(small_explained, photo, tmp_path):
 
 
 def test_interrupt(small_explained, photo, tmp_path):
+    # What is ignored stays so in a child: SIGINT is, under a shell's `&`.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = started("run", small_explained, *[photo] * 2000, "-o", tmp_path)
+    signal.signal(signal.SIGINT, inherited)
     assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
