@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import Value
 
-from onnxcam import __version__, layers, onnxfile
+from onnxcam import __version__, layers, onnxfile, quantised
 from onnxcam.card import (
     CLASS_INPUTS,
     EMITS,
@@ -190,6 +190,7 @@ def attach(
         with op.before(first):
             embedded.feed(op, picture)
     simplify(op)
+    quantised.fold(op)
     op.remove_dead(list(outputs.values()))
     if on_demand:
         outputs = behind_input(op, outputs, optional)
@@ -242,7 +243,7 @@ def _sources(
     if method.at_picture:
         if names is not None:
             raise OnnxcamError(f"{method.name} looks at the picture itself; leave the layer out")
-        return [layers.Layer(picture, "Input", "", None, at)]
+        return [layers.Layer(picture, picture.name or "", "Input", "", None, at)]
     if names is None:
         default = layers.REQUIREMENTS[method.requires].default if method.requires else layers.default
         return [default(layers.explainable(picture, logits), picture, logits)]

@@ -67,7 +67,9 @@ def _carries(node: ir.Node, value: ir.Value, depends: set[ir.Value]) -> bool:
         return True
     if value.dtype in (ir.DataType.BOOL, ir.DataType.INT64):
         return False
-    return node.op_type == "QuantizeLinear" or any(
+    if node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear"):
+        return value is node.outputs[0]
+    return any(
         v is not None and v in depends and v.dtype is not None and v.dtype.is_integer() for v in node.inputs
     )
 

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import Value
 
-from onnxcam import onnxfile
+from onnxcam import onnxfile, quantised
 from onnxcam.attaching import prepared
 from onnxcam.backward import gradients
 from onnxcam.emit import Emitter, all_values
@@ -56,12 +56,14 @@ def gradient(
     for result in results:
         seed = Value(name=_free(f"{result.name}_seed", values), shape=result.shape, type=result.type)
         graph.inputs.append(seed)
-        seeds[result] = seed
+        seeds[quantised.standing_for(result)] = seed
+    inner = [quantised.standing_for(source) for source in sources]
     found = []
-    for source, part in zip(sources, gradients(op, seeds, sources), strict=True):
+    for source, part in zip(sources, gradients(op, seeds, inner), strict=True):
         if part is None:
             raise OnnxcamError(f"no gradient reaches {source.name!r} from {', '.join(_names(outputs))}")
         found.append(op.Identity(part))
+    quantised.fold(op)
     for source, value in zip(sources, found, strict=True):
         value.name, value.shape = _free(f"{source.name}_gradient", values), source.shape
         graph.outputs.append(value)

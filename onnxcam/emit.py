@@ -166,6 +166,15 @@ class Emitter:
             self._constants[key] = value
         return self._constants[key]
 
+    def adopt(self, nodes: Iterable[ir.Node], constants: Iterable[ir.Value]) -> None:
+        """Treat nodes and constants of the graph as emitted ones, named accordingly."""
+        for node in nodes:
+            node.name = self.fresh(node.op_type)
+            for index, value in enumerate(node.outputs):
+                value.name = node.name if index == 0 else f"{node.name}:{index}"
+            self.nodes.append(node)
+        self._constants.update({("adopted", value.name): value for value in constants})
+
     def remove_dead(self, keep: Sequence[ir.Value]) -> None:
         """Remove emitted nodes and constants that nothing reads and that are not in `keep`."""
         kept = set(keep)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 import numpy as np
 import onnx_ir as ir
 
+from onnxcam import quantised
 from onnxcam.backward import influenced, path
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.grid import PLANES, TOKENS, Grid, bottlenecks, grids, live_tokens, pooled_order
@@ -22,7 +23,7 @@ NORMALISATIONS = ("LayerNormalization", "RMSNormalization", "SkipLayerNormalizat
 _PASSING = (*_REGROUPING, "Dropout")
 _PROBABILITY = ("Softmax", "Sigmoid", "HardSigmoid")
 
-_HIDING = ("QLinearConv", "QLinearMatMul", "ConvInteger", "LSTM", "GRU", "RNN", "Attention")
+_HIDING = ("LSTM", "GRU", "RNN", "Attention")
 """Operators of ai.onnx that add a bias somewhere inside what they compute."""
 
 
@@ -31,7 +32,8 @@ class Layer:
     """An activation that a map can be made from.
 
     Attributes:
-        value: the ONNX value.
+        value: the ONNX value; of one that is stored as integers, the floating-point view.
+        name: its name in the model.
         operator: name of the operator that computes it.
         node: name of the node that computes it.
         module: PyTorch module path, where the exporter recorded it, otherwise None.
@@ -40,16 +42,12 @@ class Layer:
     """
 
     value: ir.Value
+    name: str
     operator: str
     node: str
     module: str | None
     grid: Grid
     unreached: bool = False
-
-    @property
-    def name(self) -> str:
-        """The name of the ONNX value."""
-        return self.value.name or ""
 
     @property
     def shape(self) -> list[int | str | None]:
@@ -140,17 +138,25 @@ def scores(model: ir.Model, name: str | None = None, any_shape: bool = False) ->
         hint = "; choose one with --scores" if fitting else ""
         raise OnnxcamError(f"the model has {reason} [N,classes]{hint}. Its outputs: {listed}")
     output = fitting[0]
-    value = output
+    logits = value = quantised.standing_for(output)
     regrouping: list[ir.Node] = []
     while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
+        stored = quantised.before_storing(value)
+        if stored is not None:
+            # A score that is cut to the range of its type should still be explained.
+            value = stored
+            if not regrouping:
+                logits = value
+            continue
         if node.op_type in (*_PROBABILITY, "LogSoftmax"):
             are = "probabilities" if node.op_type in _PROBABILITY else "logits"
-            return Scores(output, node.inputs[0], are, tuple(reversed(regrouping)))
+            before = quantised.before_storing(node.inputs[0]) or node.inputs[0]
+            return Scores(output, before, are, tuple(reversed(regrouping)))
         if node.op_type not in _REGROUPING:
             break
         regrouping.append(node)
         value = node.inputs[0]
-    return Scores(output, output, "logits")
+    return Scores(output, logits, "logits")
 
 
 def explainable(source: ir.Value, logits: ir.Value) -> list[Layer]:
@@ -164,7 +170,7 @@ def explainable(source: ir.Value, logits: ir.Value) -> list[Layer]:
         _layer(value, found[value], live.get(value))
         for node in nodes
         for value in node.outputs
-        if value in found and value is not logits
+        if value in found and value is not logits and quantised.origin(value) is not None
     ]
 
 
@@ -206,7 +212,7 @@ def _before_weights(nodes: Sequence[ir.Node]) -> set[ir.Value]:
 
 def _turns(layer: Layer, known: set[ir.Value]) -> bool:
     """Whether the layer is one of the values `known` with its axes in another order."""
-    node = layer.value.producer()
+    node = (quantised.origin(layer.value) or layer.value).producer()
     return node is not None and layer.operator == "Transpose" and node.inputs[0] in known
 
 
@@ -241,6 +247,13 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
         modules = [m for n in nodes if (m := module_path(n)) is not None]
         hint = suggest(name, [k for k in [*modules, *known] if k])
         raise OnnxcamError(f"the model has no layer {name!r}{hint}; 'onnxcam layers' lists those it has")
+    if value is not source:
+        value = quantised.view(value)
+    if not _is_float(value):
+        raise OnnxcamError(
+            f"layer {name!r} is stored as {str(value.dtype).lower()} and read for other things than an activation; "
+            "choose another; 'onnxcam layers' lists them"
+        )
     if value is not source and not path(value, source):
         raise OnnxcamError(f"layer {name!r} does not depend on the picture")
     if value is logits or not path(logits, value):
@@ -261,9 +274,11 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
 
 
 def _layer(value: ir.Value, grid: Grid, live: np.ndarray | None) -> Layer:
-    node = value.producer()
+    shown = quantised.origin(value) or value
+    node = shown.producer()
     return Layer(
         value,
+        shown.name or "",
         node.op_type if node else "Input",
         (node.name or "") if node else "",
         module_path(node) if node else None,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxcam import layers, onnxfile
+from onnxcam import layers, onnxfile, quantised
 from onnxcam.attaching import opened, stated
 from onnxcam.backward import path
 from onnxcam.card import COLORS, Card
@@ -179,6 +179,7 @@ def activations(
     x, _ = prepare(as_picture(image), facts)
     op = Emitter(own.graph, own.graph.opset_imports[""], "look")
     planes = op.Identity(source.grid.planes(op, source.value))
+    quantised.fold(op)
     own.graph.outputs[:] = [planes]
     RemoveUnusedNodesPass()(own)
     batch = dims(picture)[0]

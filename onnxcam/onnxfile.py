@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftSubgraphInitializersToMainGraphPass, NameFixPass
 
-from onnxcam import ceiled, contrib
+from onnxcam import ceiled, contrib, quantised
 from onnxcam.errors import OnnxcamError
 from onnxcam.sizes import SMALL, settle
 
@@ -95,7 +95,7 @@ def normalise(model: ir.Model) -> ir.Model:
 
     Weights of subgraphs become weights of the main graph, which all other graphs can read. Shape arithmetic
     that comes to constants is worked out and noted on the values (``const_value``); the nodes stay as they
-    are.
+    are. Operators on quantised numbers are unfolded (`onnxcam.quantised`).
 
     Args:
         model: changed in place.
@@ -123,6 +123,7 @@ def normalise(model: ir.Model) -> ir.Model:
     _flatten(model)
     if opset < OLDEST_OPSET:
         model = _convert(model, OLDEST_OPSET)
+    quantised.unfold(model.graph)
     _infer_shapes(model)
     _name_nodes(model.graph)
     settle(model.graph)

@@ -70,9 +70,19 @@ def constant_array(x: Value) -> np.ndarray | None:
     return None if tensor is None or x.is_graph_input() else tensor.numpy()
 
 
+_REPRESENTING = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose")
+
+
 def is_constant(x: Value) -> bool:
-    """Whether `x` is a weight or another constant, which no gradient needs to reach."""
-    return x.is_initializer() or (x.producer() is not None and x.producer().op_type == "Constant")  # type: ignore[union-attr]
+    """Whether `x` is a weight, in whatever form, or another constant, which no gradient needs to reach."""
+    if x.is_initializer():
+        return True
+    node = x.producer()
+    if node is None:
+        return False
+    if node.op_type in _REPRESENTING:
+        return all(v is None or is_constant(v) for v in node.inputs)
+    return node.op_type == "Constant"
 
 
 def zeros_like(op: Emitter, x: Value) -> Value:
