@@ -285,8 +285,8 @@ def _total(sizes: Sequence[int | str | None]) -> int | None:
 
 def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.ndarray | None:
     """Which tokens of `x` matter, if those in `arriving` (None: all) of the node's output do. None: all."""
-    tokens = dims(x)[1] if x.shape is not None and len(dims(x)) == 3 else None
-    if not isinstance(tokens, int):
+    tokens = _tokens(x)
+    if tokens is None:
         return None
     y = node.outputs[0]
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
@@ -304,10 +304,20 @@ def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.nda
         else:
             mask[places] = arriving
         return mask
-    if arriving is None or y.shape is None or len(dims(y)) != 3 or dims(y)[1] != tokens:
+    if arriving is None or _tokens(y) != tokens:
         return None
     keeps = _works_on_last_axis(node) or node.op_type not in _REORDERING
+    # Between [1,T,C] and [T,C], as onnxruntime's optimiser writes it around a Gemm.
+    keeps |= node.op_type == "Reshape" and dims(x)[-1] == dims(y)[-1] and len(dims(x)) != len(dims(y))
+    keeps |= node.op_type == "Gemm" and x is node.inputs[0] and "transA" not in node.attributes
     return arriving if keeps and arriving.size == tokens else None
+
+
+def _tokens(x: Value) -> int | None:
+    """Return the number of tokens in [N,T,C], or in one image's [T,C]."""
+    sizes = dims(x) if x.shape is not None else []
+    tokens = sizes[-2] if len(sizes) in (2, 3) else None
+    return tokens if isinstance(tokens, int) else None
 
 
 def _own_part(node: ir.Node, x: Value, arriving: np.ndarray) -> np.ndarray | None:

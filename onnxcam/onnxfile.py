@@ -121,8 +121,9 @@ def normalise(model: ir.Model) -> ir.Model:
         model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
         model.ir_version = 4
     _flatten(model)
-    if opset < OLDEST_OPSET:
-        model = _convert(model, OLDEST_OPSET)
+    oldest = max(OLDEST_OPSET, quantised.oldest_opset(model.graph))
+    if opset < oldest:
+        model = _convert(model, oldest)
     quantised.unfold(model.graph)
     _infer_shapes(model)
     _name_nodes(model.graph)

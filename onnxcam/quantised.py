@@ -25,6 +25,12 @@ from onnxcam.vjp.shapes import is_constant
 
 _KEY = "onnxcam.quantised"
 
+_MOVING = (
+    "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth",
+    "Squeeze", "Transpose", "Unsqueeze",
+)  # fmt: skip
+"""Operators of ONNX that also take stored numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -62,6 +68,14 @@ class _Unfolded:
     stores: dict[Value, Value] = dataclasses.field(default_factory=dict)
 
 
+def oldest_opset(graph: ir.Graph) -> int:
+    """Return the oldest opset in which ONNX's own operators store what the graph's weights and values are."""
+    stored = [v for node in graph for v in node.inputs[:3] if v is not None and node.op_type == "DequantizeLinear"]
+    narrow = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)
+    wide = any(v.dtype is not None and v.dtype.is_integer() and v.dtype not in narrow for v in stored)
+    return 21 if wide else 1
+
+
 def unfold(graph: ir.Graph) -> None:
     """Add the other form and let all nodes read it; types and shapes are still to be inferred.
 
@@ -84,12 +98,14 @@ def unfold(graph: ir.Graph) -> None:
             done.moved.append((user, place, own))
             user.replace_input_with(place, found)
     for node in graph:
-        if node.op_type == "DequantizeLinear" and node in done.nodes and node.inputs[0] is not None:
-            done.views[node.inputs[0]] = node.outputs[0]
-        elif node.op_type == "QuantizeLinear" and node.inputs[0] is not None and node.outputs[0].uses():
-            x = node.inputs[0]
-            if len(x.uses()) == 1 and not x.is_graph_output():
-                done.stores[x] = node.outputs[0]
+        x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if x is None or y in done.instead:
+            continue
+        if node.op_type == "DequantizeLinear":
+            done.views[x] = y
+        elif node.op_type == "QuantizeLinear" and not x.is_graph_output():
+            if all(user is node or user.outputs[0] in done.instead for user, _ in x.uses()):
+                done.stores[x] = y
     if done.instead:
         graph.meta[_KEY] = done
 
@@ -178,10 +194,10 @@ def origin(value: Value) -> Value | None:
         return None
     stored = dequantised(value)
     if stored is not None and not is_constant(stored):
-        if stored in done.owns:
-            return done.owns[stored]
-        x = before_storing(value)
-        return stored if x is None or view(x) is not value else x
+        own = done.owns.get(stored, stored)
+        node = own.producer()
+        x = node.inputs[0] if node is not None and node.op_type == "QuantizeLinear" else None
+        return own if x is None or view(x) is not value else x
     if value.producer() in done.nodes:
         own = done.owns.get(value)
         return own if own is not None and own.dtype == value.dtype else None
@@ -192,6 +208,8 @@ def _written(op: "_Writer", node: ir.Node) -> Value | None:
     """Write what takes the place of the first output of `node`; None: it stays."""
     if node.op_type == "QuantizeLinear" and not node.domain:
         return op.met(node)
+    if node.op_type in _MOVING and not node.domain:
+        return op.moved(node)
     function = FUNCTIONS.get((node.domain, node.op_type))
     if function is None or any(value.uses() for value in node.outputs[1:]):
         return None
@@ -232,6 +250,17 @@ class _Writer:
                 return known
         self.nodes.append(node)
         return node.outputs[0]
+
+    def moved(self, node: ir.Node) -> Value | None:
+        """Write `node`, if it moves stored numbers about, as one that moves what they stand for."""
+        store = None if node.inputs[0] is None else node.inputs[0].producer()
+        if store is None or store.op_type != "QuantizeLinear" or "axis" in store.attributes:
+            return None
+        if len(node.outputs) > 1:
+            return None
+        x = self.DequantizeLinear(*store.outputs, *store.inputs[1:])
+        attributes = {a.name: a.value for a in node.attributes.values()}
+        return self.QuantizeLinear(self.node(node.op_type, x, *node.inputs[1:], **attributes), *store.inputs[1:])
 
     def met(self, node: ir.Node) -> Value | None:
         """Remember a QuantizeLinear or DequantizeLinear; return what an equal one before it computes."""
