@@ -63,13 +63,13 @@ def _spread(nodes: Iterable[ir.Node], found: set[ir.Value]) -> None:
 
 def _carries(node: ir.Node, value: ir.Value, depends: set[ir.Value]) -> bool:
     """Whether `value`, an output of `node`, can carry the influence of the values in `depends`."""
+    if node.op_type == "DynamicQuantizeLinear":
+        return value is node.outputs[0]
     if value.dtype is None or value.dtype.is_floating_point():
         return True
     if value.dtype in (ir.DataType.BOOL, ir.DataType.INT64):
         return False
-    if node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear"):
-        return value is node.outputs[0]
-    return any(
+    return node.op_type == "QuantizeLinear" or any(
         v is not None and v in depends and v.dtype is not None and v.dtype.is_integer() for v in node.inputs
     )
 

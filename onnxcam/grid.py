@@ -309,7 +309,8 @@ def _tokens_read(node: ir.Node, x: Value, arriving: np.ndarray | None) -> np.nda
     keeps = _works_on_last_axis(node) or node.op_type not in _REORDERING
     # Between [1,T,C] and [T,C], as onnxruntime's optimiser writes it around a Gemm.
     keeps |= node.op_type == "Reshape" and dims(x)[-1] == dims(y)[-1] and len(dims(x)) != len(dims(y))
-    keeps |= node.op_type == "Gemm" and x is node.inputs[0] and "transA" not in node.attributes
+    turned = node.attributes["transA"].as_int() if "transA" in node.attributes else 0
+    keeps |= node.op_type == "Gemm" and x is node.inputs[0] and not turned
     return arriving if keeps and arriving.size == tokens else None
 
 

@@ -150,13 +150,12 @@ def _read(op: Emitter, done: _Unfolded, stored: Value) -> Value:
 
 
 def _by_arithmetic(op: Emitter, node: ir.Node, x: Value) -> None:
-    if "block_size" in node.attributes:
-        return
     scale, zero = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     assert scale is not None
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    attributes = {a.name: a.as_int() for a in node.attributes.values()}
     with op.before(node), op.scope("dequantised"):
-        node.outputs[0].replace_all_uses_with(by_arithmetic(op, x, scale, zero, axis))
+        found = by_arithmetic(op, x, scale, zero, attributes.get("axis", 1), attributes.get("block_size", 0))
+        node.outputs[0].replace_all_uses_with(found)
 
 
 def _unfolded(value: Value) -> _Unfolded:
@@ -210,6 +209,10 @@ def _written(op: "_Writer", node: ir.Node) -> Value | None:
         return op.met(node)
     if node.op_type in _MOVING and not node.domain:
         return op.moved(node)
+    if node.op_type == "NhwcMaxPool":
+        return op.moved(node)
+    if node.op_type == "Mul":
+        return op.scaled(node)
     function = FUNCTIONS.get((node.domain, node.op_type))
     if function is None or any(value.uses() for value in node.outputs[1:]):
         return None
@@ -260,7 +263,30 @@ class _Writer:
             return None
         x = self.DequantizeLinear(*store.outputs, *store.inputs[1:])
         attributes = {a.name: a.value for a in node.attributes.values()}
-        return self.QuantizeLinear(self.node(node.op_type, x, *node.inputs[1:], **attributes), *store.inputs[1:])
+        if node.op_type == "NhwcMaxPool":
+            y = _last(self, self.MaxPool(_planes(self, x, 1), **attributes), 1)
+        else:
+            y = self.node(node.op_type, x, *node.inputs[1:], **attributes)
+        return self.QuantizeLinear(y, *store.inputs[1:])
+
+    def scaled(self, node: ir.Node) -> Value | None:
+        """Write a product of integers times both scales, as dynamic quantisation leaves it, without these."""
+        cast, scales = (None if v is None else v.producer() for v in node.inputs)
+        if cast is None or scales is None or cast.op_type != "Cast" or scales.op_type != "Mul":
+            return None
+        found = cast.inputs[0]
+        product = None if found is None else self._done.owns.get(found, found).producer()
+        if product is None or product.op_type not in ("ConvInteger", "MatMulInteger"):
+            return None
+        a, b = product.inputs[:2]
+        dynamic = None if a is None else a.producer()
+        if dynamic is None or dynamic.op_type != "DynamicQuantizeLinear" or scales.inputs[0] is not dynamic.outputs[1]:
+            return None
+        zero = product.inputs[3] if len(product.inputs) > 3 else None
+        attributes = {a.name: a.value for a in product.attributes.values()}
+        matrix = product.op_type == "MatMulInteger"
+        w = self.DequantizeLinear(b, scales.inputs[1], zero, axis=-1 if matrix else 0)
+        return self.node("MatMul" if matrix else "Conv", dynamic.inputs[0], w, **attributes)
 
     def met(self, node: ir.Node) -> Value | None:
         """Remember a QuantizeLinear or DequantizeLinear; return what an equal one before it computes."""

@@ -56,16 +56,19 @@ def _before_rounding(op: Emitter, x: Value) -> Value | None:
     return copies.get(x, x)
 
 
-def by_arithmetic(op: Emitter, x: Value, scale: Value, zero: Value | None, axis: int) -> Value:
+def by_arithmetic(
+    op: Emitter, x: Value, scale: Value, zero: Value | None, axis: int, block_size: int
+) -> Value:
     """Emit DequantizeLinear as Cast, Sub and Mul.
 
     onnxruntime moves a DequantizeLinear over other nodes, which it has crashed on where a Scan is near (1.32);
     this it leaves alone, and works it out beforehand for weights.
     """
-    wide, step = op.Cast(x, to=DataType.FLOAT), _spread(op, scale, x, axis % max(rank(x), 1), 0)
+    along = axis % max(rank(x), 1)
+    wide, step = op.Cast(x, to=DataType.FLOAT), _spread(op, scale, x, along, block_size)
     shift = None if zero is None else constant_array(zero)
     if zero is not None and (shift is None or shift.astype(np.float32).any()):
-        wide = op.Sub(wide, _spread(op, zero, x, axis % max(rank(x), 1), 0))
+        wide = op.Sub(wide, _spread(op, zero, x, along, block_size))
     return _as(op, op.Mul(wide, step), scale.dtype)
 
 

@@ -70,7 +70,10 @@ def constant_array(x: Value) -> np.ndarray | None:
     return None if tensor is None or x.is_graph_input() else tensor.numpy()
 
 
-_REPRESENTING = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose")
+_REPRESENTING = frozenset([
+    "Cast", "CastLike", "Concat", "DequantizeLinear", "Div", "Identity", "Mod", "Mul", "QuantizeLinear", "Reshape",
+    "Slice", "Sub", "Transpose", "Unsqueeze",
+])  # fmt: skip
 
 
 def is_constant(x: Value) -> bool:
