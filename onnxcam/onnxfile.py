@@ -115,6 +115,7 @@ def normalise(model: ir.Model) -> ir.Model:
             f"the model is of opset {opset}; the installed onnx {onnx.__version__} knows 1 to {newest}"
         )
     contrib.refuse_layouts(model)
+    _sort(model.graph)
     _run_checker(model, "the model is not valid")
     if model.ir_version < 4:
         # Then every weight had to be listed as an input; that is no choice of the author's.
@@ -174,6 +175,17 @@ def save(model: ir.Model, path: "str | os.PathLike[str]") -> None:
                 raise
     except OSError as error:
         raise OnnxcamError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _sort(graph: ir.Graph) -> None:
+    """Bring nodes that stand before what they read into order: some converters append what comes first."""
+    known: set[ir.Value] = set()
+    for node in graph:
+        if any(v is not None and v.producer() is not None and v not in known for v in node.inputs):
+            with contextlib.suppress(ValueError):  # they go round in a circle, which the checker reports
+                graph.sort()
+            return
+        known.update(node.outputs)
 
 
 def _flatten(model: ir.Model) -> None:

@@ -84,6 +84,7 @@ def unfold(graph: ir.Graph) -> None:
     done = _Unfolded()
     op = _Writer(graph, done)
     for node in list(graph):
+        op.writing = node.name or node.op_type
         found = _written(op, node)
         if found is None:
             continue
@@ -128,6 +129,8 @@ def fold(op: Emitter) -> None:
     for node, place, own in reversed(done.moved):
         node.replace_input_with(place, own)
     for value, own in done.owns.items():
+        if own.dtype is None:
+            own.type, own.shape = value.type, value.shape
         if value.dtype == own.dtype and dequantised(value) is None:
             value.replace_all_uses_with(own)
     for node in done.nodes:
@@ -199,7 +202,7 @@ def origin(value: Value) -> Value | None:
         return own if x is None or view(x) is not value else x
     if value.producer() in done.nodes:
         own = done.owns.get(value)
-        return own if own is not None and own.dtype == value.dtype else None
+        return own if own is not None and own.dtype in (None, value.dtype) else None
     return value
 
 
@@ -229,6 +232,7 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, done: _Unfolded) -> None:
         self.nodes: list[ir.Node] = []
+        self.writing = ""
         self._graph = graph
         self._done = done
         self._taken = {value.name for value in all_values(graph)} | {n.name for n in graph.all_nodes()}
@@ -243,7 +247,7 @@ class _Writer:
         while values[-1] is None:
             values.pop()
         given = {name: value for name, value in attributes.items() if value is not None}
-        node = ir.Node("", op_type, values, ir.convenience.convert_attributes(given), name=self._fresh())
+        node = ir.Node("", op_type, values, ir.convenience.convert_attributes(given), name=self._fresh(op_type))
         node.outputs[0].name = node.name
         if op_type in ("DequantizeLinear", "QuantizeLinear"):
             known = self.met(node)
@@ -296,7 +300,7 @@ class _Writer:
         return None if before is node.outputs[0] else before
 
     def _constant(self, array: Any) -> Value:
-        tensor = ir.tensor(np.asarray(array), name=self._fresh())
+        tensor = ir.tensor(np.asarray(array), name=self._fresh("constant"))
         value = Value(
             name=tensor.name,
             shape=ir.Shape(tensor.shape),
@@ -307,11 +311,13 @@ class _Writer:
         self._done.constants.append(value)
         return value
 
-    def _fresh(self) -> str:
-        while (name := f"cam/quantised/{self._count}") in self._taken:
+    def _fresh(self, name: str) -> str:
+        stem = f"{self.writing}/{name}"
+        while (fresh := f"{stem}_{self._count}" if self._count else stem) in self._taken:
             self._count += 1
-        self._count += 1
-        return name
+        self._count = 0
+        self._taken.add(fresh)
+        return fresh
 
 
 def _identity(value: Value | None) -> Any:

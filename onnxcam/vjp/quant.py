@@ -102,6 +102,16 @@ def _gathered(op: Emitter, v: Value, scale: Value, x: Value, axis: int, block_si
     return _as(op, total, scale.dtype)
 
 
+def _within_ends(op: Emitter, y: Value) -> Value:
+    """Whether the stored numbers `y` lie between the ends of their range."""
+    assert y.dtype is not None
+    low, high = int(y.dtype.min), int(y.dtype.max)
+    if y.dtype.bitwidth == 8:
+        return op.Equal(y, op.Clip(y, low + 1, high - 1))
+    stored = op.Cast(y, to=DataType.FLOAT)
+    return op.And(op.Greater(stored, float(low)), op.Less(stored, float(high)))
+
+
 def _divided(op: Emitter, dy: Value, step: Value) -> Value:
     """Return ``dy / step``, without a second step over what was just multiplied by it."""
     node = dy.producer()
@@ -181,9 +191,7 @@ def quantize_linear(
             return _as(op, slope, x.dtype), None
         whole = _before_rounding(op, x)
         if whole is None:
-            stored = op.Cast(y, to=DataType.FLOAT)
-            inside = op.And(op.Greater(stored, low), op.Less(stored, high))
-            return _as(op, op.Where(inside, slope, 0.0), x.dtype), None
+            return _as(op, op.Where(_within_ends(op, y), slope, 0.0), x.dtype), None
         x = whole
     ratio = op.Div(_as(op, x, DataType.FLOAT), step)
     stored = op.Round(ratio) if y.dtype.is_integer() else ratio
