@@ -20,7 +20,7 @@ _REGROUPING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze",
 NORMALISATIONS = ("LayerNormalization", "RMSNormalization", "SkipLayerNormalization")
 """Operators that make the input of a transformer's block."""
 
-_PASSING = (*_REGROUPING, "Dropout")
+_PASSING = (*_REGROUPING, "Dropout", "QuantizeLinear", "DequantizeLinear")
 _PROBABILITY = ("Softmax", "Sigmoid", "HardSigmoid")
 
 _HIDING = ("LSTM", "GRU", "RNN", "Attention")
@@ -249,17 +249,17 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
         raise OnnxcamError(f"the model has no layer {name!r}{hint}; 'onnxcam layers' lists those it has")
     if value is not source:
         value = quantised.view(value)
-    if not _is_float(value):
-        raise OnnxcamError(
-            f"layer {name!r} is stored as {str(value.dtype).lower()} and read for other things than an activation; "
-            "choose another; 'onnxcam layers' lists them"
-        )
     if value is not source and not path(value, source):
         raise OnnxcamError(f"layer {name!r} does not depend on the picture")
     if value is logits or not path(logits, value):
         if value is logits or path(value, logits):
             raise OnnxcamError(f"layer {name!r} comes after the scores; choose one before them")
         raise OnnxcamError(f"layer {name!r} does not influence the scores")
+    if value.dtype is not None and not _is_float(value):
+        raise OnnxcamError(
+            f"layer {name!r} holds {str(value.dtype).lower()} numbers, which nothing reads as an activation; "
+            "choose another; 'onnxcam layers' lists those it has"
+        )
     layer = next((layer for layer in explainable(source, logits) if layer.value is value), None)
     if layer is None and _is_map(value, source):
         order = layout(source) if value is source else PLANES

@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from onnxcam.emit import Emitter
+from onnxcam.vjp.quant import by_arithmetic
 from onnxcam.vjp.shapes import axes_of, constant_array, dims, is_constant
 
 
@@ -39,11 +40,24 @@ def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
     lit = constant_array(values)
     if not is_constant(weights) or lit is None or lit.tolist() != [0, 1]:
         return None
-    found = op.Gather(weights, index, axis=int(transposed))
+    found = _rows(op, weights, index, int(transposed))
     if transposed:
         found = op.Transpose(found, perm=[1, 0])
     alpha = attributes.get("alpha", 1.0)
     return found if alpha == 1.0 else op.Mul(found, alpha)
+
+
+def _rows(op: Emitter, weights: ir.Value, index: ir.Value, axis: int) -> ir.Value:
+    """Take a matrix's rows along `axis`; of stored weights no others are made floating-point numbers."""
+    node = weights.producer()
+    if node is None or node.op_type != "DequantizeLinear" or "block_size" in node.attributes:
+        return op.Gather(weights, index, axis=axis)
+    along = node.attributes["axis"].as_int() % 2 if "axis" in node.attributes else 1
+    stored, scale, zero = (*node.inputs, None)[:3]
+    assert stored is not None and scale is not None
+    if _rank(scale) == 1 and dims(scale) != [1] and along == axis:
+        scale, zero = (None if v is None else op.Gather(v, index, axis=0) for v in (scale, zero))
+    return by_arithmetic(op, op.Gather(stored, index, axis=axis), scale, zero, along, 0)
 
 
 def _mean_of_repeated(op: Emitter, node: ir.Node) -> ir.Value | None:

@@ -70,7 +70,7 @@ STAYS = {
     "another axis": lambda op, i: op.MatMul(one_hot(op, i, axis=1), W),
     "transA": lambda op, i: op.Gemm(one_hot(op, i), W[:3], transA=1),
     "from the right": lambda op, i: op.MatMul(WT, op.Transpose(one_hot(op, i))),
-    "weights that are computed": lambda op, i: op.MatMul(one_hot(op, i), op.Mul(op.constant(W), 2.0)),
+    "weights that are computed": lambda op, i: op.MatMul(one_hot(op, i), op.Exp(op.constant(W))),
     "batch of matrices": lambda op, i: op.MatMul(one_hot(op, i), np.stack([W, -W])),
 }
 

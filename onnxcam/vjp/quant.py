@@ -102,6 +102,12 @@ def _gathered(op: Emitter, v: Value, scale: Value, x: Value, axis: int, block_si
     return _as(op, total, scale.dtype)
 
 
+def as_stored(op: Emitter, dy: Value, x: Value, scale: Value, axis: int, block_size: int) -> Value:
+    """Return the gradient of `x` from that of the numbers it is stored as, where nothing is clamped."""
+    step = _spread(op, scale, x, axis % max(rank(x), 1), block_size)
+    return _as(op, _divided(op, _as(op, dy, DataType.FLOAT), step), x.dtype)
+
+
 def _within_ends(op: Emitter, y: Value) -> Value:
     """Whether the stored numbers `y` lie between the ends of their range."""
     assert y.dtype is not None
@@ -188,7 +194,7 @@ def quantize_linear(
     slope = _divided(op, _as(op, dy, DataType.FLOAT), step)
     if is_constant(scale):
         if _fits(x, y, scale, zero_point):
-            return _as(op, slope, x.dtype), None
+            return as_stored(op, dy, x, scale, axis, block_size), None
         whole = _before_rounding(op, x)
         if whole is None:
             return _as(op, op.Where(_within_ends(op, y), slope, 0.0), x.dtype), None

@@ -11,6 +11,7 @@ from onnx_ir import Value
 
 from onnxcam.emit import Emitter
 from onnxcam.vjp.activation import clip, relu
+from onnxcam.vjp.quant import as_stored
 from onnxcam.vjp.registry import RULES, Rule, rule
 from onnxcam.vjp.shapes import constant_array
 
@@ -50,8 +51,29 @@ def _deconvolved_clip(
     return (op.Relu(dy), None, None) if _is_zero(low) else clip(op, dy, y, x, low, high)
 
 
+def _unclamped_quantize(
+    op: Emitter,
+    dy: Value,
+    y: Value,
+    x: Value,
+    scale: Value,
+    zero_point: Value | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+    precision: int = 0,
+    saturate: int = 1,
+) -> Value:
+    """A Relu may have become the lower end of the range."""
+    return as_stored(op, dy, x, scale, axis, block_size)
+
+
 VARIANTS: dict[str, Mapping[tuple[str, str], Rule]] = {
-    "relu as identity": {("", "Relu"): RULES["", "Identity"]},
+    "relu as identity": {
+        ("", "Relu"): RULES["", "Identity"],
+        ("", "QuantizeLinear"): rule(_unclamped_quantize),
+    },
     "guided": {("", "Relu"): rule(_guided_relu), ("", "Clip"): rule(_guided_clip)},
     "deconvnet": {("", "Relu"): rule(_deconvolved_relu), ("", "Clip"): rule(_deconvolved_clip)},
 }
