@@ -20,7 +20,7 @@ from onnx_ir import Value
 
 from onnxcam.contrib import DOMAIN
 from onnxcam.emit import Emitter, all_values
-from onnxcam.vjp.quant import by_arithmetic, dequantised, unit
+from onnxcam.vjp.quant import by_arithmetic, copied, dequantised, is_heavy, unit
 from onnxcam.vjp.shapes import is_constant
 
 _KEY = "onnxcam.quantised"
@@ -118,14 +118,8 @@ def fold(op: Emitter) -> None:
         return
     for node in list(op.nodes):
         for place, value in enumerate(node.inputs):
-            if value is None:
-                continue
-            stored = done.stores.get(value) if unit(value) else None
-            if node.op_type == "Shape":
-                stored = stored or dequantised(value)
-                node.replace_input_with(place, stored or value)
-            elif stored is not None:
-                node.replace_input_with(place, done.views.get(stored) or _read(op, done, stored))
+            if value is not None:
+                node.replace_input_with(place, _apart(op, done, value, node))
     for node, place, own in reversed(done.moved):
         node.replace_input_with(place, own)
     for value, own in done.owns.items():
@@ -138,6 +132,26 @@ def fold(op: Emitter) -> None:
         if node.op_type == "DequantizeLinear" and x is not None and node.outputs[0].uses():
             _by_arithmetic(op, node, x)
     op.adopt(done.nodes, done.constants)
+
+
+def _apart(op: Emitter, done: _Unfolded, value: Value, reader: ir.Node) -> Value:
+    """Return what `reader`, a node that was emitted, may read instead of `value`.
+
+    What the model computes on stored numbers nothing else can read before it is stored: it is worked out
+    again, or where that would be a convolution or a matrix product, read from the store.
+    """
+    stored = done.stores.get(value)
+    nodes = [] if stored is None else unit(value)
+    if reader.op_type == "Shape":
+        return (stored if nodes else dequantised(value)) or value
+    if stored is None or not nodes:
+        return value
+    if is_heavy(nodes):
+        return done.views.get(stored) or _read(op, done, stored)
+    if value.producer() in done.nodes:
+        return value
+    with op.before(reader):
+        return copied(op, nodes)
 
 
 def _read(op: Emitter, done: _Unfolded, stored: Value) -> Value:
@@ -515,13 +529,6 @@ for _name in ("LeakyRelu", "Sigmoid"):
     _activation(_name)
 for _name in ("AveragePool", "GlobalAveragePool"):
     _pool(_name)
-
-
-@_computes("QLinearReduceMean")
-def _reduce_mean(
-    op: Any, x: Any, xs: Any, xz: Any, ys: Any, yz: Any = None, *, axes: Any, keepdims: int = 1
-) -> Stored:
-    return Stored(op.ReduceMean(_dq(op, x, xs, xz), np.array(axes), keepdims=keepdims), ys, yz)
 
 
 @_computes("QLinearConcat")

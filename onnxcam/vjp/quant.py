@@ -7,6 +7,8 @@ onnxruntime computes an operator between DequantizeLinear and QuantizeLinear on 
 nothing else reads what it makes. So no rule reads that.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType, Value
@@ -45,15 +47,17 @@ def unit(x: Value) -> list[ir.Node]:
     return nodes[::-1] if data and all(dequantised(v) is not None for v in data) else []
 
 
-def _before_rounding(op: Emitter, x: Value) -> Value | None:
-    """Return `x`, emitted again if it comes from stored numbers; None: that takes a convolution or the like."""
-    nodes = unit(x)
-    if nodes and nodes[0].op_type in _HEAVY:
-        return None
+def is_heavy(nodes: Sequence[ir.Node]) -> bool:
+    """Whether it costs a convolution or a matrix product to run the nodes of a `unit` again."""
+    return nodes[0].op_type in _HEAVY
+
+
+def copied(op: Emitter, nodes: Sequence[ir.Node]) -> Value:
+    """Emit the nodes of a `unit` again and return what the last of them computes."""
     copies: dict[Value, Value] = {}
     for node in nodes:
         copies.update(zip(node.outputs, op.copy(node, copies), strict=True))
-    return copies.get(x, x)
+    return copies[nodes[-1].outputs[0]]
 
 
 def by_arithmetic(
@@ -195,10 +199,10 @@ def quantize_linear(
     if is_constant(scale):
         if _fits(x, y, scale, zero_point):
             return as_stored(op, dy, x, scale, axis, block_size), None
-        whole = _before_rounding(op, x)
-        if whole is None:
+        nodes = unit(x)
+        if nodes and is_heavy(nodes):
             return _as(op, op.Where(_within_ends(op, y), slope, 0.0), x.dtype), None
-        x = whole
+        x = copied(op, nodes) if nodes else x
     ratio = op.Div(_as(op, x, DataType.FLOAT), step)
     stored = op.Round(ratio) if y.dtype.is_integer() else ratio
     if zero_point is not None:
