@@ -7,6 +7,7 @@ import onnx
 from onnxcam.dialects import DIALECTS
 from onnxcam.layers import REQUIREMENTS
 from onnxcam.methods import METHODS
+from onnxcam.quantised import FUNCTIONS
 from onnxcam.vjp import RULES
 
 _LOOP = "a loop; export the model with it unrolled"
@@ -45,12 +46,14 @@ def table() -> str:
     }
     lines = ["| operator | since opset | gradient | tests |", "|---|---|---|---|"]
     control = {("", "If"), *(("", name) for name, reason in _NO_RULE.items() if reason == _LOOP)}
-    for domain, name in sorted(tagged | control | RULES.keys()):
+    for domain, name in sorted(tagged | control | RULES.keys() | FUNCTIONS.keys()):
         operator = f"{domain}.{name}" if domain else name
         since = ", ".join(map(str, sorted(versions.get(name, ())))) if not domain else "1"
         rule = RULES.get((domain, name))
         if (domain, name) == ("", "If"):
             lines.append(f"| {operator} | {since} | `backward.py` | `tests/test_control.py` |")
+        elif rule is None and (domain, name) in FUNCTIONS:
+            lines.append(f"| {operator} | {since} | `quantised.py` | `tests/test_quantised.py` |")
         elif rule is None:
             lines.append(f"| {operator} | {since} | none: {_NO_RULE.get(name, _NEWER)} | |")
         else:

@@ -70,7 +70,9 @@ class _Unfolded:
 
 def oldest_opset(graph: ir.Graph) -> int:
     """Return the oldest opset in which ONNX's own operators store what the graph's weights and values are."""
-    stored = [v for node in graph for v in node.inputs[:3] if v is not None and node.op_type == "DequantizeLinear"]
+    stored = [
+        v for node in graph for v in node.inputs[:3] if v is not None and node.op_type == "DequantizeLinear"
+    ]
     narrow = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)
     wide = any(v.dtype is not None and v.dtype.is_integer() and v.dtype not in narrow for v in stored)
     return 21 if wide else 1
@@ -261,7 +263,9 @@ class _Writer:
         while values[-1] is None:
             values.pop()
         given = {name: value for name, value in attributes.items() if value is not None}
-        node = ir.Node("", op_type, values, ir.convenience.convert_attributes(given), name=self._fresh(op_type))
+        node = ir.Node(
+            "", op_type, values, ir.convenience.convert_attributes(given), name=self._fresh(op_type)
+        )
         node.outputs[0].name = node.name
         if op_type in ("DequantizeLinear", "QuantizeLinear"):
             known = self.met(node)
@@ -298,7 +302,11 @@ class _Writer:
             return None
         a, b = product.inputs[:2]
         dynamic = None if a is None else a.producer()
-        if dynamic is None or dynamic.op_type != "DynamicQuantizeLinear" or scales.inputs[0] is not dynamic.outputs[1]:
+        if (
+            dynamic is None
+            or dynamic.op_type != "DynamicQuantizeLinear"
+            or scales.inputs[0] is not dynamic.outputs[1]
+        ):
             return None
         zero = product.inputs[3] if len(product.inputs) > 3 else None
         attributes = {a.name: a.value for a in product.attributes.values()}
@@ -457,7 +465,10 @@ def _matmul_n_bits(
 
     def unpacked(packed: Any, size: int) -> Any:
         parts = [
-            op.Mod(op.Div(op.Cast(op.Unsqueeze(packed, np.array([-1])), to=6), np.int32(2**shift)), np.int32(2**bits))
+            op.Mod(
+                op.Div(op.Cast(op.Unsqueeze(packed, np.array([-1])), to=6), np.int32(2**shift)),
+                np.int32(2**bits),
+            )
             for shift in range(0, 8, bits)
         ]
         flat = op.Reshape(op.Concat(*parts, axis=-1), np.array([N, -1]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx
 
 from onnxcam.coverage import table
+from onnxcam.quantised import FUNCTIONS
 from onnxcam.vjp import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -14,7 +15,7 @@ def test_every_operator_has_a_rule_or_a_reason():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[2:]]
     names = [row[0] for row in rows]
     assert len(names) == len(set(names))
-    assert {f"{d}.{n}" if d else n for d, n in RULES} <= set(names)
+    assert {f"{d}.{n}" if d else n for d, n in (*RULES, *FUNCTIONS)} <= set(names)
     for name, _, gradient, tests in rows:
         if gradient.startswith("none: "):
             assert "newer" not in gradient, name

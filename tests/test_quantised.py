@@ -15,11 +15,8 @@ import torch.nn.functional as f
 
 from onnxcam import attach
 from onnxcam.attaching import prepared
-from onnxcam.card import KEY, Card
 from onnxcam.differentiating import gradient
-from onnxcam.errors import OnnxcamError
-from onnxcam.layers import explainable, picture, scores
-from onnxcam.onnxfile import normalise
+from onnxcam.layers import explainable, locate, picture, scores
 from onnxcam.quantised import FUNCTIONS
 from tests.checks import quiet, relative_error
 
@@ -30,7 +27,8 @@ INT8 = np.int8
 
 def fake(x, scale, zero, low=0, high=255, ends=True):
     """Quantise and dequantise; `ends`: whether the ends of the range pass the gradient."""
-    y = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero), low, high)
+    scale, zero = float(scale), int(zero)
+    y = torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
     stored = torch.round(y / scale) + zero
     return y if ends else torch.where((stored > low) & (stored < high), y, y.detach())
 
@@ -120,7 +118,8 @@ FLOAT_INPUT = {
         "y = com.microsoft.MatMulNBits<K=6, N=5, bits=4, block_size=16>(x, packed, blocks)", _nibbles
     ),
 }  # fmt: skip
-LAYERS_OF_NHWC = {(MS, "QLinearConv")}  # see the test of optimised files
+LAID_OUT = {(MS, "QLinearConv")}
+"""What only files have that onnxruntime laid out for one machine; see the test of these."""
 
 
 def gradient_of(body, rank=4, opset=21):
@@ -132,7 +131,9 @@ def gradient_of(body, rank=4, opset=21):
             proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
     found = ir.to_proto(gradient(proto, "y", "x"))
     kinds = [node.op_type for node in proto.graph.node]
-    assert [node.op_type for node in found.graph.node if not node.name.startswith("gradient")][: len(kinds)] == kinds
+    assert [node.op_type for node in found.graph.node if not node.name.startswith("gradient")][
+        : len(kinds)
+    ] == kinds
     added = [node for node in found.graph.node if node.name.startswith("gradient")]
     assert not [node.op_type for node in added if node.domain or "Linear" in node.op_type]
     return onnxruntime.InferenceSession(found.SerializeToString(), quiet())
@@ -176,7 +177,7 @@ def test_operators_with_stored_weights(key):
 
 
 def test_every_function_is_tested():
-    tested = STORING.keys() | FLOATING.keys() | FLOAT_INPUT.keys() | LAYERS_OF_NHWC
+    tested = STORING.keys() | FLOATING.keys() | FLOAT_INPUT.keys() | LAID_OUT
     assert tested == FUNCTIONS.keys()
 
 
@@ -298,7 +299,9 @@ def twin(path, net, image):
 
 
 @pytest.mark.parametrize(("kind", "per_channel", "activation", "weights"), KINDS)
-def test_a_quantised_network_has_the_gradient_of_its_twin_in_torch(net, kind, per_channel, activation, weights):
+def test_a_quantised_network_has_the_gradient_of_its_twin_in_torch(
+    net, kind, per_channel, activation, weights
+):
     path = quantised(net, kind, per_channel, activation, weights)
     image = Pictures().get_next()["image"]
     for layer in (None, "d", "image"):
@@ -310,11 +313,144 @@ def test_a_quantised_network_has_the_gradient_of_its_twin_in_torch(net, kind, pe
         )
         values = twin(path, net, image)
         values["logits"][0, 2].backward()
-        where = layer or ("er" if "er" in str(Card.from_json(found.metadata_props[KEY]).layer) else "e")
-        wanted = values[where if "er_scale" not in layer_numbers(path) or layer else "er"]
-        np.testing.assert_allclose(given, values["logits"].detach().numpy(), atol=0.02)
-        assert relative_error(da, wanted.grad.numpy()) < 0.02
+        # Measured: half a step of the scores, which the twin leaves unrounded; 3e-4 where a tie is rounded to
+        # another side, 5e-8 elsewhere.
+        np.testing.assert_allclose(given, values["logits"].detach().numpy(), atol=0.01)
+        np.testing.assert_allclose(a, values[layer or "er"].detach().numpy(), atol=0.03)
+        assert relative_error(da, values[layer or "er"].grad.numpy()) < 1e-3
 
 
-def layer_numbers(path):
-    return {t.name for t in onnx.load(path).graph.initializer}
+def integer_operators(path, folder):
+    """The operators on stored numbers that onnxruntime runs of the model itself."""
+    options = quiet()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options)
+    nodes = onnx.load(folder / "optimised.onnx").graph.node
+    return sorted(n.op_type for n in nodes if n.op_type.startswith(("QLinear", "QGemm")))
+
+
+@pytest.mark.parametrize("kind", ["QDQ", "QOperator"])
+@pytest.mark.parametrize("layer", [None, "d", "image"])
+def test_the_model_itself_goes_on_computing_with_integers(net, kind, layer, tmp_path):
+    path = quantised(net, kind, True, "QUInt8", "QInt8")
+    name = layer if layer in (None, "image") or kind == "QDQ" else f"{layer}_quantized"
+    attach(path, tmp_path / "explained.onnx", layer=name)
+    plain = integer_operators(path, tmp_path)
+    assert {"QLinearConv", "QLinearMul", "QLinearConcat", "QGemm"} <= set(plain)
+    assert integer_operators(tmp_path / "explained.onnx", tmp_path) == plain
+    before, after = onnx.load(path).graph, onnx.load(tmp_path / "explained.onnx").graph
+    own = [node for node in after.node if not node.name.startswith("cam/")]
+    for was, now in zip(before.node, own, strict=True):
+        assert (was.op_type, was.domain, was.input, was.output) == (
+            now.op_type,
+            now.domain,
+            now.input,
+            now.output,
+        )
+    assert not [node for node in after.node if node.name.startswith("cam/") and node.domain]
+
+
+def test_layers_have_the_names_of_the_model(net):
+    names = {}
+    for kind in ("QDQ", "QOperator"):
+        model = prepared(quantised(net, kind, True, "QUInt8", "QInt8"))
+        source, logits = picture(model), scores(model).logits
+        found = explainable(source, logits)
+        names[kind] = [(layer.name, layer.operator) for layer in found]
+        for layer in found:
+            for name in (layer.name, layer.node):
+                if layer.node:
+                    assert locate(model, name, source, logits).value is layer.value
+    assert (
+        ("ar", "Conv") in names["QDQ"]
+        and ("d", "Concat") in names["QDQ"]
+        and ("p", "MaxPool") in names["QDQ"]
+    )
+    assert ("d_quantized", "QLinearConcat") in names["QOperator"]
+    assert ("p_quantized", "MaxPool") in names["QOperator"]
+    assert all("DequantizeLinear" not in operator for _, operator in sum(names.values(), []))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_dynamically_quantised_network(net, per_channel, tmp_path):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    path = tmp_path / "dynamic.onnx"
+    quantization.quantize_dynamic(
+        net, path, weight_type=quantization.QuantType.QUInt8, per_channel=per_channel
+    )
+    assert {"ConvInteger", "MatMulInteger"} & {node.op_type for node in onnx.load(path).graph.node}
+    image = Pictures().get_next()["image"]
+    found = []
+    for model in (net, path):
+        own = attach(model, layer="d", emit=["cam", "gradients"])
+        session = onnxruntime.InferenceSession(ir.to_proto(own).SerializeToString(), quiet())
+        found.append(session.run(["cam_gradients"], {"image": image, "cam_class": np.array([[2]])})[0])
+    # Measured: 0.097, from Relus whose inputs round to the other side of 0.
+    assert relative_error(found[1], found[0]) < 0.15
+
+
+def test_a_score_beyond_its_range_is_explained(net):
+    """The largest scores are those that are clamped; what is explained is the score before that."""
+    path = quantised(net, "QOperator", False, "QUInt8", "QInt8")
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        if tensor.name == "scores_scale":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-4), tensor.name))
+    session = onnxruntime.InferenceSession(ir.to_proto(attach(proto)).SerializeToString(), quiet())
+    assert session.run(["cam"], Pictures().get_next())[0].any()
+
+
+def test_files_that_onnxruntime_laid_out_for_this_machine(net, tmp_path):
+    """Its last level of optimisation moves channels last; onnxruntime would not run such a file elsewhere."""
+    path = quantised(net, "QOperator", True, "QUInt8", "QInt8")
+    options = quiet()
+    options.optimized_model_filepath = str(tmp_path / "laid_out.onnx")
+    onnxruntime.InferenceSession(path, options)
+    kinds = {(n.domain, n.op_type) for n in onnx.load(tmp_path / "laid_out.onnx").graph.node}
+    image, maps = Pictures().get_next()["image"], []
+    for model in (path, tmp_path / "laid_out.onnx"):
+        session = onnxruntime.InferenceSession(ir.to_proto(attach(model)).SerializeToString(), quiet())
+        maps.append(session.run(["cam"], {"image": image, "cam_class": np.array([[2]])})[0])
+    assert (MS, "QLinearConv") in kinds or (MS, "NhwcMaxPool") not in kinds
+    assert relative_error(maps[1], maps[0]) < 1e-5
+
+
+def test_weights_of_four_bits_need_opset_21():
+    """ONNX's own DequantizeLinear has them only from there on."""
+    body = """net (float[2,4,6,6] x) => (float[a,b,c,d] y) {
+        v = com.microsoft.DequantizeLinear(packed4, s4, z4) y = MatMul(x, v) }"""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18, "{MS}": 1]> {body}')
+    numbers = RNG.integers(-8, 8, (6, 5)).astype(ml_dtypes.int4)
+    for name, array in {
+        "packed4": numbers,
+        "s4": np.float32(0.1),
+        "z4": np.zeros((), ml_dtypes.int4),
+    }.items():
+        proto.graph.initializer.append(ir.to_proto(ir.tensor(array, name=name)))
+    found = ir.to_proto(gradient(proto, "y", "x"))
+    session = onnxruntime.InferenceSession(found.SerializeToString(), quiet())
+    x, seed = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 6, 6), (2, 4, 6, 5)))
+    (dx,) = session.run(["x_gradient"], {"x": x, "y_seed": seed})
+    assert relative_error(dx, seed @ (numbers.astype(np.float32) * np.float32(0.1)).T) < 1e-6
+
+
+def test_half_precision(net):
+    """Written by hand as the converters do: halves inside, the first Cast put last, out of order."""
+    proto = onnx.load(net)
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for node in proto.graph.node:
+        node.input[:] = ["half" if name == "image" else name for name in node.input]
+        node.output[:] = ["half_scores" if name == "scores" else name for name in node.output]
+    for ends in (("image", "half", 10), ("half_scores", "scores", 1)):
+        proto.graph.node.append(
+            onnx.helper.make_node("Cast", ends[:1], ends[1:2], f"to_{ends[1]}", to=ends[2])
+        )
+    image, found = Pictures().get_next()["image"], []
+    for model in (net, proto):
+        own = attach(model, layer="d", emit=["cam", "gradients"])
+        session = onnxruntime.InferenceSession(ir.to_proto(own).SerializeToString(), quiet())
+        found.append(session.run(["cam", "cam_gradients"], {"image": image, "cam_class": np.array([[2]])}))
+    for single, half in zip(*found, strict=True):
+        assert relative_error(half, single) < 5e-3

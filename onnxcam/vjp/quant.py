@@ -15,7 +15,16 @@ from onnx_ir import DataType, Value
 
 from onnxcam.emit import Emitter
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import add_at, constant_array, dims, is_constant, positions, rank, reshape_like, unbroadcast
+from onnxcam.vjp.shapes import (
+    add_at,
+    constant_array,
+    dims,
+    is_constant,
+    positions,
+    rank,
+    reshape_like,
+    unbroadcast,
+)
 
 
 _HEAVY = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
@@ -151,7 +160,9 @@ def _range(x: Value) -> tuple[float, float] | None:
         return 0.0, 1.0
     if node.op_type not in (*_KEEPING, "Relu", "Concat"):
         return None
-    parts = [_range(v) for v in (node.inputs if node.op_type == "Concat" else node.inputs[:1]) if v is not None]
+    parts = [
+        _range(v) for v in (node.inputs if node.op_type == "Concat" else node.inputs[:1]) if v is not None
+    ]
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
