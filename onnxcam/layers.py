@@ -242,7 +242,7 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
     value = _named(model, name, source)
     if value is None:
         refuse_inner(model.graph, "layer", name)
-        nodes = list(model.graph)
+        nodes = quantised.own_nodes(model.graph)
         known = [n.name for n in nodes] + [v.name for n in nodes for v in n.outputs]
         modules = [m for n in nodes if (m := module_path(n)) is not None]
         hint = suggest(name, [k for k in [*modules, *known] if k])
@@ -451,7 +451,7 @@ def _named(model: ir.Model, name: str, source: ir.Value) -> ir.Value | None:
     for value in model.graph.inputs:
         if value.name == name:
             return value
-    nodes = list(model.graph)
+    nodes = quantised.own_nodes(model.graph)
     for node in nodes:
         for value in node.outputs:
             if value.name == name:

@@ -1,4 +1,4 @@
-"""Quantised models as gradients see them: floating-point operators between QuantizeLinear and DequantizeLinear.
+"""Quantised models as gradients see them: operators between DequantizeLinear and QuantizeLinear.
 
 `unfold` puts that form beside the nodes of a model: the QLinearConv of the file becomes DequantizeLinear,
 Conv, QuantizeLinear, which layers, rules and methods know. `fold` lets the model be itself again when all is
@@ -107,8 +107,10 @@ def unfold(graph: ir.Graph) -> None:
         if node.op_type == "DequantizeLinear":
             done.views[x] = y
         elif node.op_type == "QuantizeLinear" and not x.is_graph_output():
-            if all(user is node or user.outputs[0] in done.instead for user, _ in x.uses()):
-                done.stores[x] = y
+            others = [
+                user for user, _ in x.uses() if user is not node and user.outputs[0] not in done.instead
+            ]
+            done.stores.update([] if others else [(x, y)])
     if done.instead:
         graph.meta[_KEY] = done
 
@@ -160,12 +162,13 @@ def _read(op: Emitter, done: _Unfolded, stored: Value) -> Value:
     """Add the floating-point view of `stored`, which nothing has needed so far."""
     node = stored.producer()
     assert node is not None and node.graph is not None
-    view = ir.Node("", "DequantizeLinear", [stored, *node.inputs[1:]], list(node.attributes.values()))
-    view.outputs[0].type, view.outputs[0].shape = node.inputs[0].type, stored.shape  # type: ignore[union-attr]
-    node.graph.insert_after(node, view)
-    done.nodes.add(view)
-    done.views[stored] = view.outputs[0]
-    return view.outputs[0]
+    reader = ir.Node("", "DequantizeLinear", [stored, *node.inputs[1:]], list(node.attributes.values()))
+    reader.outputs[0].type = node.inputs[0].type  # type: ignore[union-attr]
+    reader.outputs[0].shape = None if stored.shape is None else stored.shape.copy()
+    node.graph.insert_after(node, reader)
+    done.nodes.add(reader)
+    done.views[stored] = reader.outputs[0]
+    return reader.outputs[0]
 
 
 def _by_arithmetic(op: Emitter, node: ir.Node, x: Value) -> None:
@@ -180,6 +183,12 @@ def _by_arithmetic(op: Emitter, node: ir.Node, x: Value) -> None:
 def _unfolded(value: Value) -> _Unfolded:
     done = None if value.graph is None else value.graph.meta.get(_KEY)
     return done or _Unfolded()
+
+
+def own_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """Return the nodes of an unfolded graph that are the model's own."""
+    done: _Unfolded | None = graph.meta.get(_KEY)
+    return [node for node in graph if done is None or node not in done.nodes]
 
 
 def standing_for(value: Value) -> Value:
@@ -217,8 +226,8 @@ def origin(value: Value) -> Value | None:
         x = node.inputs[0] if node is not None and node.op_type == "QuantizeLinear" else None
         return own if x is None or view(x) is not value else x
     if value.producer() in done.nodes:
-        own = done.owns.get(value)
-        return own if own is not None and own.dtype in (None, value.dtype) else None
+        stands = done.owns.get(value)
+        return stands if stands is not None and stands.dtype in (None, value.dtype) else None
     return value
 
 
@@ -322,10 +331,11 @@ class _Writer:
         return None if before is node.outputs[0] else before
 
     def _constant(self, array: Any) -> Value:
-        tensor = ir.tensor(np.asarray(array), name=self._fresh("constant"))
+        given = np.asarray(array)
+        tensor = ir.tensor(given, name=self._fresh("constant"))
         value = Value(
             name=tensor.name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(given.shape),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )

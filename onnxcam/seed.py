@@ -21,11 +21,10 @@ ROWS = "cam_rows"
 # Operators of linear heads that treat each row alone, as long as the rows stay in front. (The gradient of
 # Relu is one that reads the picture, except in the method CAM.)
 _ROW_BY_ROW = frozenset([
-    "Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Conv", "ConvTranspose", "DequantizeLinear", "Div",
-    "Dropout", "QuantizeLinear",
-    "Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool", "Identity", "MatMul", "Mean", "Mul", "Neg",
-    "Pad", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Sub", "Sum",
-    "Transpose", "Unsqueeze",
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Conv", "ConvTranspose", "DequantizeLinear",
+    "Div", "Dropout", "Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool", "Identity", "MatMul",
+    "Mean", "Mul", "Neg", "Pad", "QuantizeLinear", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Slice",
+    "Split", "Squeeze", "Sub", "Sum", "Transpose", "Unsqueeze",
 ])  # fmt: skip
 
 

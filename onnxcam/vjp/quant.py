@@ -26,14 +26,13 @@ from onnxcam.vjp.shapes import (
     unbroadcast,
 )
 
-
 _HEAVY = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
 _JOINED = ("Clip", "Relu")
 """Activations that onnxruntime computes together with the operator before them."""
 
 _KEEPING = (
-    "AveragePool", "Flatten", "Gather", "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool", "ReduceMax",
-    "ReduceMean", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "AveragePool", "Flatten", "Gather", "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool",
+    "ReduceMax", "ReduceMean", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 )  # fmt: skip
 """Operators that make nothing greater or less than all that they read."""
 
@@ -70,13 +69,14 @@ def copied(op: Emitter, nodes: Sequence[ir.Node]) -> Value:
 
 
 def by_arithmetic(
-    op: Emitter, x: Value, scale: Value, zero: Value | None, axis: int, block_size: int
+    op: Emitter, x: Value, scale: Value | None, zero: Value | None, axis: int, block_size: int
 ) -> Value:
     """Emit DequantizeLinear as Cast, Sub and Mul.
 
-    onnxruntime moves a DequantizeLinear over other nodes, which it has crashed on where a Scan is near (1.32);
-    this it leaves alone, and works it out beforehand for weights.
+    onnxruntime moves a DequantizeLinear over other nodes and has crashed on that where a Scan is near
+    (1.32). This it leaves alone, and works it out beforehand for weights.
     """
+    assert scale is not None
     along = axis % max(rank(x), 1)
     wide, step = op.Cast(x, to=DataType.FLOAT), _spread(op, scale, x, along, block_size)
     shift = None if zero is None else constant_array(zero)

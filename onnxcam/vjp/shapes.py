@@ -71,9 +71,10 @@ def constant_array(x: Value) -> np.ndarray | None:
 
 
 _REPRESENTING = frozenset([
-    "Cast", "CastLike", "Concat", "DequantizeLinear", "Div", "Identity", "Mod", "Mul", "QuantizeLinear", "Reshape",
-    "Slice", "Sub", "Transpose", "Unsqueeze",
+    "Cast", "CastLike", "Concat", "DequantizeLinear", "Div", "Identity", "Mod", "Mul", "QuantizeLinear",
+    "Reshape", "Slice", "Sub", "Transpose", "Unsqueeze",
 ])  # fmt: skip
+"""Operators that bring weights from the form in which a file keeps them to the one that is computed with."""
 
 
 def is_constant(x: Value) -> bool:

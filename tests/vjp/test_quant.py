@@ -244,7 +244,7 @@ def test_a_quantised_network_against_torch():
 
 
 def test_an_operator_on_quantised_numbers_without_a_rule_is_named():
-    with pytest.raises(OnnxcamError, match="no gradient rule for the operator com.example.QLinearSwirl"):
+    with pytest.raises(OnnxcamError, match=r"operator com\.example\.QLinearSwirl \(node"):
         gradients(
             """graph (float[2,3] x) => (float[2,3] y) <float scale = {0.05}, uint8 zero = {0}, uint8[2,3] p> {
                 q = QuantizeLinear(x, scale, zero)
