@@ -62,8 +62,8 @@ below and their mirror images) and by `quantize_dynamic`, float16 by onnxconvert
 - **correlation**: Pearson's, of the map with the fp32 model's, for the fp32 model's two best classes of
   each photo; flat: the fp32 map or this one is the same everywhere.
 - **time**: attached over plain, run in turn in one process on two threads; median of the ratios
-  (quartiles), and the plain model's median in ms. What the gradient costs in the fp32 rows it costs in all:
-  it is computed in floating point.
+  (quartiles), and the plain model's median in ms. The machine was shared and busy: read the ratios. What the
+  gradient costs in the fp32 rows it costs in all, as it is computed in floating point.
 - **int8 left**: how many operators on stored numbers onnxruntime runs in the plain model, and how many of
   those it still runs once the gradient is attached.
 

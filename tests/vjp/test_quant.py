@@ -269,3 +269,18 @@ def test_indices_and_shapes_of_quantised_numbers_carry_nothing():
     assert [n.op_type for n in path(model.graph.node(0).outputs[0], model.graph.inputs[0])] == [
         "QuantizeLinear"
     ]
+
+
+@BOTH
+def test_dynamically_quantised_values_keep_their_gradient(symbolic):
+    """The range is that of the values: nothing is clamped, and DQ(DynamicQuantizeLinear(x)) has slope 1."""
+    shape = "N, C" if symbolic else "3, 4"
+    x, seed = normal(3, 4), normal(3, 4)
+    (dx,) = gradients(
+        f"""graph (float[{shape}] x) => (float[{shape}] y) {{
+            q, scale, zero = DynamicQuantizeLinear(x)
+            y = DequantizeLinear(q, scale, zero) }}""",
+        {"x": x},
+        seed,
+    )
+    np.testing.assert_allclose(dx, seed, rtol=1e-6)
