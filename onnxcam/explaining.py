@@ -108,6 +108,9 @@ def _single(op: Emitter, probe: Probe, request: Request, wanted: Sequence[str]) 
 
 
 def _heatmap(op: Emitter, cam: Value, probes: Sequence[Probe], request: Request) -> Value:
+    asked = probes[0].seeds.items[0].shape
+    if asked is not None and cam.shape is not None:  # inference loses these where a size is computed
+        cam.shape = ir.Shape([*list(asked)[:2], *list(cam.shape)[2:]])
     with op.scope("heatmap"):
         return request.dialect.heatmap(op, cam, probes[0].size(), request.signed)
 

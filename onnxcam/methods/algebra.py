@@ -49,12 +49,14 @@ def resized(
     op: Emitter, maps: Value, size: Size, mode: str = "linear", centres: str = "half_pixel", **options: Any
 ) -> Value:
     """Resize maps [N,K,h,w] to a size; `centres` is the coordinate transformation, `options` are Resize's."""
+    outer = [] if maps.shape is None else list(maps.shape)[:2]
+    known = isinstance(size, list) and outer and all(isinstance(d, int) for d in outer)
     return op.Resize(
         maps,
         None,
         None,
-        size,
-        axes=[2, 3],
+        [*outer, *size] if known else size,
+        axes=None if known else [2, 3],  # OpenCV 5 takes sizes of all axes only
         mode=mode,
         coordinate_transformation_mode=centres,
         **options,
@@ -150,8 +152,10 @@ def _turned_up(op: Emitter, x: Value) -> Value:
 
 def _identity(op: Emitter, g: Value) -> Value:
     """The identity matrix [m,m] in the dtype of `g` [N,K,m,m]."""
-    size = op.Shape(g, start=3)
-    return op.EyeLike(op.ConstantOfShape(op.Concat(size, size, axis=0)), dtype=g.dtype)
+    size = g.shape[3] if g.shape is not None else None
+    end = np.int64(size) if isinstance(size, int) else op.Squeeze(op.Shape(g, start=3), [0])
+    places = op.Range(np.int64(0), end, np.int64(1))
+    return op.Cast(op.Equal(op.Unsqueeze(places, [1]), places), to=g.dtype)
 
 
 def _fewer_positions(x: Value) -> bool:

@@ -1,6 +1,6 @@
 """Maps of what happens to the score, or its gradient, when an activation or the picture is changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +26,7 @@ _IS_STEPS = 10
 def ablationcam(op: Emitter, probe: "Probe") -> Value:
     """ReLU(sum_k (y - y_k) / y A_k), y_k the score without channel k. Desai and Ramaswamy 2020."""
     a, y = probe.activation(), probe.y()
-    channels = op.Range(np.int64(0), op.Squeeze(op.Shape(a, start=1, end=2), [0]), np.int64(1))
+    channels = _numbers(op, [a.shape[1]], lambda: op.Shape(a, start=1, end=2))
 
     def without(k: Value) -> Value:
         others = op.Unsqueeze(op.Not(op.Equal(channels, k)), [0, 2, 3])
@@ -46,7 +46,7 @@ def reciprocam(op: Emitter, probe: "Probe") -> Value:
     """
     a = probe.activation()
     plane = op.Shape(a, start=2)
-    positions = op.Range(np.int64(0), op.ReduceProd(plane, keepdims=0), np.int64(1))
+    positions = _numbers(op, list(a.shape[2:]), lambda: plane)
     places = op.Reshape(positions, plane)
 
     def alone(position: Value) -> Value:
@@ -135,6 +135,13 @@ def noisy_gradients(op: Emitter, probe: "Probe") -> Value:
         return da
 
     return probe.each(op.constant(np.arange(SAMPLES)), one)
+
+
+def _numbers(op: Emitter, sizes: Sequence[object], at_run_time: Callable[[], Value]) -> Value:
+    """Return 0, 1, 2, ... up to the product of sizes: of numbers, or else of those that a vector holds."""
+    if all(isinstance(size, int) for size in sizes):
+        return op.constant(np.arange(np.prod(sizes, dtype=np.int64)))  # type: ignore[call-overload]
+    return op.Range(np.int64(0), op.ReduceProd(at_run_time(), keepdims=0), np.int64(1))
 
 
 def _scored(op: Emitter, probe: "Probe", score: Callable[[Value], Value]) -> Value:
