@@ -13,7 +13,10 @@ from PIL import Image
 from onnxcam import attach
 from onnxcam.card import Card
 
+Arrays = dict[str, np.ndarray]
 ROOT = Path(__file__).parents[2]
+
+_CONV, _VIT_NAME = "a small convolutional network", "a small vision transformer"
 
 _CNN = """(float[N,3,32,32] x) => (float[N,6] scores) {
     a = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, a_w)
@@ -73,9 +76,9 @@ def _random(text: str, weights: dict[str, tuple[int, ...]], constants: dict[str,
 
 
 def _model(name: str) -> onnx.ModelProto:
-    if name == "a small convolutional network":
+    if name == _CONV:
         return _random(_CNN, _CNN_WEIGHTS, {})
-    if name == "a small vision transformer":
+    if name == _VIT_NAME:
         return _random(_VIT, _VIT_WEIGHTS, _VIT_CONSTANTS)
     return onnx.load(ROOT / "models" / f"{name}.onnx")
 
@@ -94,31 +97,57 @@ class Case:
     what: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def attach(self, path: Path, portable: bool) -> dict[str, np.ndarray]:
-        """Write the explained model, a portable one with the batch fixed, and return its inputs."""
+    @property
+    def small(self) -> bool:
+        """Whether it is one of the small ones."""
+        return self.model in (_CONV, _VIT_NAME)
+
+    def plain(self, fixed: bool) -> onnx.ModelProto:
+        """The model; `fixed`: for batches of one picture."""
         model = _model(self.model)
-        if portable:
+        if fixed:
             batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
             make_dim_param_fixed(model.graph, batch, 1)
-        explained = attach(model, path, class_input="required", portable=portable, **self.options)
+        return model
+
+    def picture(self) -> Arrays:
+        """The model's input: the photo, roughly as the model takes it."""
+        taken = self.plain(fixed=False).graph.input[0]
+        height, width = (d.dim_value for d in taken.type.tensor_type.shape.dim[2:])
+        pixels = np.asarray(_photo().resize((width, height)), np.float32).transpose(2, 0, 1)
+        return {taken.name: (pixels[None] - 118) / np.float32(1 if self.model.startswith("squeeze") else 64)}
+
+    def attach(self, path: Path, portable: bool) -> Arrays:
+        """Write the explained model, a portable one for batches of one picture, and return its inputs."""
+        options = {"class_input": "required", "portable": portable, **self.options}
+        explained = attach(self.plain(fixed=portable), path, **options)
         card = Card.from_metadata(explained.metadata_props)
-        assert card is not None and card.input.height is not None and card.input.width is not None
-        size = (card.input.width, card.input.height)
-        pixels = np.asarray(Image.open(ROOT / "models" / "chelsea.png").convert("RGB").resize(size), np.float32)
-        x = (pixels.transpose(2, 0, 1)[None] - 118) / (1 if self.model.startswith("squeezenet") else 64)
-        return {card.input.name: x.astype(np.float32), "cam_class": np.array([[1] if portable else [1, -1]])}
+        assert card is not None
+        feeds = self.picture() if card.picture is None else {card.picture: np.asarray(_photo())[None]}
+        feeds["cam_class"] = np.array([[1] if portable else [1, -1]])
+        return {**feeds, "cam_wanted": np.array(True)} if card.on_demand else feeds
 
 
-_CONV, _VIT_NAME = "a small convolutional network", "a small vision transformer"
+def _photo() -> Image.Image:
+    return Image.open(ROOT / "models" / "chelsea.png").convert("RGB")
+
+
+_FACTS = {"color": "RGB", "scale": 1.0, "mean": (127,), "std": (128,), "resize": "stretch"}
 CASES = [
     Case("efficientnet_lite0", "gradcam at the last layer"),
     Case("efficientnet_lite0", "gradcam in the middle", {"layer": "_blocks.4"}),
+    Case("efficientnet_lite0", "gradcam on demand", {"on_demand": True}),
+    Case("efficientnet_lite0", "gradcam of the picture itself", {"embed_preprocess": True, **_FACTS}),
     Case("efficientnet_lite0", "saliency at the picture", {"method": "saliency"}),
     Case("squeezenet1_1", "gradcam at the last layer"),
     Case("squeezenet1_1", "layercam before two max pools", {"layer": "fire2/concat", "method": "layercam"}),
     Case("squeezenet1_1", "guided back-propagation", {"method": "guidedbackprop"}),
     Case("pp_lcnet_orientation", "gradcam at the last layer"),
-    Case("pp_lcnet_orientation", "hirescam in the middle", {"layer": "p2o.pd_op.hardswish.7.0", "method": "hirescam"}),
+    Case(
+        "pp_lcnet_orientation",
+        "hirescam in the middle",
+        {"layer": "p2o.pd_op.hardswish.7.0", "method": "hirescam"},
+    ),
     Case(_VIT_NAME, "gradcam at the default layer"),
     Case(_VIT_NAME, "gradcam at the first block", {"layer": "x1"}),
     Case(_CONV, "eigencam", {"layer": "features", "method": "eigencam"}),
