@@ -105,8 +105,8 @@ def attach(
             then of the picture's size.
         on_demand: make maps only where the input ``cam_wanted`` is true; elsewhere they are empty, and the
             model costs what it cost before.
-        portable: write what all runtimes of ``docs/runtimes.md`` compute alike: no Scan, so that a run explains
-            one class (K = 1), and no output of an operator that they number or pack in different ways.
+        portable: write what all runtimes of ``docs/runtimes.md`` compute alike: no Scan, so that a run
+            explains one class (K = 1), and rules that do without what some number or pack in their own way.
         score: explain the class score ``before`` or ``after`` the softmax. None: before it, or what the
             dialect always explains.
         scores: the model output that holds the class scores, needed if several could: [N,classes], dense

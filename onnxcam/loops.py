@@ -1,4 +1,4 @@
-"""Doing the same for each of many: a Scan whose body a Python function emits, or that body again and again."""
+"""Doing the same for each of many: a Scan whose body a Python function emits, or that body repeated."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,8 +15,8 @@ _MOST_WRITTEN_OUT = 64
 def each(op: Emitter, items: Sequence[Value], function: Callable[..., Sequence[Value]]) -> list[Value]:
     """Emit what computes ``function(*entries)`` for the entries of `items` along axis 0, in turn.
 
-    That is a Scan, unless there is a single entry or the emitter is to be portable. Whatever its body reads of
-    the graph around it is read in place and never repeated.
+    That is a Scan, unless there is a single entry or the emitter is to be portable. Whatever its body reads
+    of the graph around it is read in place and never repeated.
 
     Args:
         op: where the nodes go; what `function` emits goes into the body.
@@ -27,7 +27,7 @@ def each(op: Emitter, items: Sequence[Value], function: Callable[..., Sequence[V
         The results, each stacked along a new axis 0.
 
     Raises:
-        OnnxcamError: it would have to be written out, and there are too many entries or nobody knows how many.
+        OnnxcamError: it would have to be written out, and there are too many entries or unknown ones.
     """
     count = items[0].shape[0] if items[0].shape is not None else None
     if count == 1 or op.portable:

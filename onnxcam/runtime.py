@@ -367,10 +367,8 @@ class Explainer:
             against=rival,
         )
 
-    def _run(
-        self, feeds: Mapping[str, NDArray[Any]], one_by_one: Sequence[int] | None
-    ) -> list[NDArray[Any]]:
-        """Return scores, maps and heat maps; of classes that the model takes one at a time, all maps together."""
+    def _run(self, feeds: Mapping[str, NDArray[Any]], one_by_one: Sequence[int] | None) -> list[NDArray[Any]]:
+        """Return scores, maps and heat maps; the maps of all classes, even if a run takes one only."""
         names = [self.card.scores, "cam", "cam_heatmap"]
         if one_by_one is None:
             return run(self._session, names, feeds, self.path)

@@ -205,7 +205,19 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def _one_node_model(
-    op_type, arrays, dtype, wrt, constant, outputs, count, opset, domain, symbolic, attributes, ranks=(), rules=RULES
+    op_type,
+    arrays,
+    dtype,
+    wrt,
+    constant,
+    outputs,
+    count,
+    opset,
+    domain,
+    symbolic,
+    attributes,
+    ranks=(),
+    rules=RULES,
 ):
     arrays = [a if a is None or a.dtype.kind != "f" else a.astype(dtype) for a in arrays]
     names = ["" if a is None else f"x{i}" for i, a in enumerate(arrays)]

@@ -1,4 +1,4 @@
-"""Models for other runtimes: portable ones have the maps of the others, and .ort files those of their .onnx."""
+"""Models for other runtimes: portable ones have the maps of the others, .ort files those of their .onnx."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def operators(model):
     ],
 )
 def test_the_maps_of_each_class_are_those_of_the_default_form(graph, options):
-    """In float64, at a picture of few values: where the max pool ties, its first maximum takes the gradient."""
+    """In float64, at a picture of few values, so that the max pool ties: the first takes the gradient."""
     model = build(graph, dtype="double")
     size = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:]]
     x = np.random.default_rng(0).integers(-1, 2, (2, *size)).astype(np.float64)

@@ -1,1 +1,1 @@
-"""What runtimes other than onnxruntime make of explained models: ``make runtimes`` writes ``docs/runtimes.md``."""
+"""Explained models in other runtimes than onnxruntime: ``make runtimes`` writes ``docs/runtimes.md``."""

@@ -1,9 +1,10 @@
 """Tries explained models and gradient rules in every runtime, and writes docs/runtimes.md: ``make runtimes``.
 
-    python -m benchmarks.runtimes FOLDER
+    python -m benchmarks.runtimes FOLDER            # everything; goes on where it stopped
+    python -m benchmarks.runtimes FOLDER --known    # only writes the page, of what was found so far
 
-FOLDER is where npm has put onnxruntime-web. What was found stays in build/runtimes.jsonl, so that a run goes
-on where another stopped; it is by runtime, version and file, so nothing in it is ever out of date.
+FOLDER is where npm has put onnxruntime-web. What was found stays in build/runtimes.jsonl, by runtime,
+version and file, so that nothing in it is ever out of date.
 """
 
 import argparse
@@ -46,7 +47,8 @@ RUNTIMES = {
 class Bench:
     """The engines, and what was found with them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only_known: bool = False) -> None:
+        self.only_known = only_known
         self.versions = versions(folder)
         self._folder = folder
         self._engines: dict[str, Engine] = {}
@@ -58,17 +60,20 @@ class Bench:
             self._known[entry.pop("key")] = entry
 
     def close(self) -> None:
+        """End the engines."""
         for engine in self._engines.values():
-            engine.__exit__(None, None, None)
+            engine.close()
 
-    def find(self, name: str, model: Path, feeds: Arrays) -> Finding:
-        """Run a model in a runtime and compare with onnxruntime."""
+    def find(self, name: str, model: Path, feeds: Arrays) -> Finding | None:
+        """Run a model in a runtime and compare with onnxruntime; None: not known and not to be tried."""
         contents = model.read_bytes() + b"".join(key.encode() + a.tobytes() for key, a in feeds.items())
         digest = hashlib.sha256(contents).digest()
         key = f"{name} {self.versions[name]} {digest.hex()}"
+        if key not in self._known and self.only_known:
+            return None
         if key not in self._known:
             if digest not in self._wanted:
-                self._wanted = {digest: self._engine("onnxruntime").run(model, feeds)}
+                self._wanted = {digest: self.engine("onnxruntime").run(model, feeds)}
             entry = self._compared(name, model, feeds, self._wanted[digest])
             with FOUND.open("a") as file:
                 file.write(json.dumps({"key": key, **entry}) + "\n")
@@ -77,19 +82,20 @@ class Bench:
 
     def _compared(self, name: str, model: Path, feeds: Arrays, wanted: Arrays) -> dict[str, Any]:
         try:
-            found = self._engine(name).run(model, feeds)
+            found = self.engine(name).run(model, feeds)
         except RuntimeError as error:
             return {"refused": said(str(error))}
         return {"differences": {key: difference(found[key], value) for key, value in wanted.items()}}
 
-    def _engine(self, name: str) -> Engine:
+    def engine(self, name: str) -> Engine:
+        """The engine of a runtime, started when it is first asked for."""
         if name not in self._engines:
             self._engines[name] = Engine(name, self._folder)
         return self._engines[name]
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference, relative to the largest value; infinite where one is no number or shapes differ."""
+    """The largest difference, relative to the largest value; infinite if shapes differ or it is none."""
     if got.shape != want.shape or not np.isfinite(got).all():
         return float("inf")
     return float(np.abs(got.astype(np.float64) - want).max() / max(np.abs(want).max(), 1e-30))
@@ -111,7 +117,9 @@ def versions(folder: Path) -> dict[str, str]:
     """The version of each engine."""
     found = json.loads((folder / "node_modules" / "onnxruntime-web" / "package.json").read_text())["version"]
     node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    browser = subprocess.run([CHROMIUM, "--version"], capture_output=True, text=True, check=True).stdout.split()
+    browser = subprocess.run(
+        [CHROMIUM, "--version"], capture_output=True, text=True, check=True
+    ).stdout.split()
     return {
         "wasm": f"{found} in Node {node.removeprefix('v')}",
         "webgpu": f"{found} in Chromium {browser[1]}",
@@ -130,18 +138,18 @@ def models(bench: Bench, folder: Path, show: Callable[[str], None]) -> list[dict
         path = folder / "model.onnx"
         for portable in (False, True):
             feeds = case.attach(path, portable)
-            row = {name: bench.find(name, path, feeds) for name in RUNTIMES if tried(name, case)}
-            rows.append({"case": case, "portable": portable, "findings": row})
+            rows.append({"case": case, "portable": portable, "findings": tried(bench, case, path, feeds)})
             show(f"{case.model}, {case.what}, {'portable' if portable else 'default'}")
         onnx.save(case.plain(fixed=True), path)
-        own = {name: bench.find(name, path, case.picture()) for name in RUNTIMES if tried(name, case)}
-        rows[-1]["plain"] = rows[-2]["plain"] = own
+        rows[-1]["plain"] = rows[-2]["plain"] = tried(bench, case, path, case.picture())
     return rows
 
 
-def tried(name: str, case: Case) -> bool:
-    """Whether a case is tried in a runtime: the reference evaluator takes minutes for a model of a real size."""
-    return name != "reference" or case.small
+def tried(bench: Bench, case: Case, path: Path, feeds: Arrays) -> dict[str, Finding]:
+    """What each runtime makes of a file; the reference evaluator takes minutes for a model of a real size."""
+    names = [name for name in RUNTIMES if name != "reference" or case.small]
+    found = {name: bench.find(name, path, feeds) for name in names}
+    return {name: finding for name, finding in found.items() if finding is not None}
 
 
 def rules(bench: Bench, folder: Path, show: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -165,7 +173,8 @@ def rules(bench: Bench, folder: Path, show: Callable[[str], None]) -> list[dict[
             }
             for runtime in RUNTIMES
         }
-        rows.append({"net": name, "findings": row})
+        complete = {runtime: forms for runtime, forms in row.items() if None not in forms.values()}
+        rows.append({"net": name, "findings": complete})
         show(name)
     return rows
 
@@ -176,7 +185,7 @@ def converted(folder: Path, bench: Bench) -> dict[str, Any]:
     feeds = next(case for case in CASES if case.model == "squeezenet1_1").attach(path, False)
     tool = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(path)]
     subprocess.run([*tool, "--optimization_style", "Fixed"], check=True, capture_output=True)
-    engine = bench._engine("onnxruntime")
+    engine = bench.engine("onnxruntime")
     found, wanted = engine.run(path.with_suffix(".ort"), feeds), engine.run(path, feeds)
     config = path.with_suffix(".required_operators.config").read_text().splitlines()
     return {
@@ -189,8 +198,9 @@ def converted(folder: Path, bench: Bench) -> dict[str, Any]:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.runtimes")
     parser.add_argument("folder", type=Path, help="where npm has put onnxruntime-web")
+    parser.add_argument("--known", action="store_true", help="only write the page, of what was found so far")
     given = parser.parse_args(arguments)
-    bench = Bench(given.folder.resolve())
+    bench = Bench(given.folder.resolve(), given.known)
 
     def show(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

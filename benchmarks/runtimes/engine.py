@@ -6,7 +6,6 @@ import select
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.runtimes.engines import Arrays, packed, unpacked
 
@@ -29,14 +28,6 @@ class Engine:
             self._command = [sys.executable, "-m", "benchmarks.runtimes.engines", name, str(folder)]
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
     def run(self, model: Path, feeds: Arrays) -> Arrays:
         """Return the outputs by name.
 
@@ -45,7 +36,11 @@ class Engine:
         """
         if self._process is None:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
@@ -55,14 +50,15 @@ class Engine:
         ready, _, _ = select.select([process.stdout], [], [], SECONDS)
         line = process.stdout.readline() if ready else ""
         if not line:
-            self._stop()
+            self.close()
             raise RuntimeError("the process died" if ready else f"no answer in {SECONDS} s")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return unpacked(answer["outputs"])
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

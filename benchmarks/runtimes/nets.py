@@ -1,4 +1,4 @@
-"""Little nets for the sweep over the gradient rules: each has one operator between two that all runtimes do well."""
+"""Little nets for the sweep over the gradient rules, each with one operator between a few harmless ones."""
 
 import numpy as np
 import onnx
@@ -171,7 +171,8 @@ NETS = {
 """What makes y of r [1,4,8,10], by the operator and what is special about it."""
 
 _RANDOM = {
-    "w": (4, 3, 3, 3),    "v": (4, 1, 1), "k": (4, 4, 3, 3), "kd": (4, 1, 3, 3), "kg": (4, 2, 3, 3), "d4": (4,), "d10": (10,),
+    "w": (4, 3, 3, 3),
+    "v": (4, 1, 1), "k": (4, 4, 3, 3), "kd": (4, 1, 3, 3), "kg": (4, 2, 3, 3), "d4": (4,), "d10": (10,),
     "m": (10, 6), "m10": (10, 10), "g": (6, 320), "c6": (6,), "us": (1, 4, 8, 3), "un": (2, 8, 10),
     "rw": (1, 3, 32), "rr": (1, 3, 3), "gw": (1, 9, 32), "gr": (1, 9, 3), "lw": (1, 12, 32), "lr": (1, 12, 3),
 }  # fmt: skip

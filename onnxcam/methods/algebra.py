@@ -50,13 +50,16 @@ def resized(
 ) -> Value:
     """Resize maps [N,K,h,w] to a size; `centres` is the coordinate transformation, `options` are Resize's."""
     outer = [] if maps.shape is None else list(maps.shape)[:2]
-    known = isinstance(size, list) and outer and all(isinstance(d, int) for d in outer)
+    axes: list[int] | None = [2, 3]
+    known = [d for d in outer if isinstance(d, int)]
+    if isinstance(size, list) and len(known) == 2:
+        size, axes = [*known, *size], None  # OpenCV 5 takes sizes of all axes only
     return op.Resize(
         maps,
         None,
         None,
-        [*outer, *size] if known else size,
-        axes=None if known else [2, 3],  # OpenCV 5 takes sizes of all axes only
+        size,
+        axes=axes,
         mode=mode,
         coordinate_transformation_mode=centres,
         **options,

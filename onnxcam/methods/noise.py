@@ -13,7 +13,7 @@ _PRIME = 46337
 compute int64 in 32."""
 
 _NUMBER, _BLOCK, _RADIUS, _ANGLE = 37871, 42381, 23832, 45010
-"""Multipliers; drawn at random, and kept as the moments and correlations of the noise are as they should be."""
+"""Multipliers; drawn at random, and kept as the noise has the moments and correlations that it should."""
 
 
 def normal_noise(op: Emitter, shape: "list[int] | Value", dtype: ir.DataType) -> Callable[[Value], Value]:

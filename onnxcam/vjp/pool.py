@@ -220,9 +220,7 @@ def lp_pool(
     return op.Mul(_power_slope(op, x, p), share)
 
 
-def _spread_planes(
-    op: Emitter, dy: Value, x: Value, y: Value, window: Window, weight: float = 1.0
-) -> Value:
+def _spread_planes(op: Emitter, dy: Value, x: Value, y: Value, window: Window, weight: float = 1.0) -> Value:
     """Add up, for each element of `x`, the `dy` of the windows that cover it, times `weight`."""
     kernel = op.constant(np.full((1, 1, *window.kernel), weight, x.dtype.numpy()))  # type: ignore[union-attr]
     # Channels are pooled alike, so they join the batch and one small kernel serves them all.

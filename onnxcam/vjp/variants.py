@@ -1,5 +1,5 @@
-"""VARIANTS: rules in the place of others: what some methods propagate instead of the gradient, and the gradient
-in a form that every runtime computes alike.
+"""VARIANTS: rules in the place of others, for what some methods propagate instead of the gradient, and for
+the gradient in a form that every runtime computes alike.
 
 A rectifier is Relu, or Clip from 0 (as in ReLU6). LeakyRelu, Elu, Gelu and the like let something pass on
 both sides, so they keep their gradient.
@@ -58,7 +58,7 @@ def _deconvolved_clip(
 
 
 def _own_weights(op_type: str, axes: slice) -> Rule:
-    """The rule of an operator whose second input is weights, with a copy of them if they are square along `axes`.
+    """The rule of an operator with weights as second input, with a copy of them if square along `axes`.
 
     The larger of each number and itself is that number. OpenVINO 2026.4 packs square weights once, for the
     first of two operators that read them, and the other then takes them for packed its own way.

@@ -27,7 +27,7 @@ def test_a_later_variant_comes_first_and_the_table_stays():
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("shape", "attributes"), TORCH_MAX)
 def test_max_pool_without_indices(shape, attributes, ties, symbolic):
-    """Negative numbers, so that what lies around the picture never counts; of equals the first takes it all."""
+    """Negative numbers: what lies around the picture never counts. Of equals the first takes it all."""
     x = np.random.default_rng(0).integers(-3, -1, shape).astype(float) if ties else normal(*shape) - 3
     check_vjp(
         "MaxPool", [x], against=torch_max_pool(attributes), symbolic=symbolic, rules=RULES, **attributes
@@ -68,7 +68,11 @@ def test_square_weights_that_are_copied(constant):
 
 def test_only_square_weights_are_copied():
     graph = """(float[N,3,6,6] x) => (float[N,4] y) <float[3,3,3,3] v, float[4,3,6,6] w>
-    { a = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, v) b = Conv<kernel_shape=[6,6]>(a, w) y = Flatten(b) }"""
+    {
+        a = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, v)
+        b = Conv<kernel_shape=[6,6]>(a, w)
+        y = Flatten(b)
+    }"""
     found = onnxcam.gradient(build(graph), "y", "x", portable=True)
     read = {node.op_type: [v.name for v in node.inputs] for node in found.graph if node.op_type == "Max"}
     assert read == {"Max": ["v", "v"]}
