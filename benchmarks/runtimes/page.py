@@ -182,7 +182,7 @@ To explain in them:
 
 - Attach with `--class-input required`. OpenVINO, tract and OpenCV take an input that has a default for a
   constant, and onnxruntime-web refuses to be given another value.
-- Attach with `--portable`, for all but onnxruntime-web, which needs it only for max pools on WebGPU. A
+- Attach with `--portable`, for all but onnxruntime-web, whose wasm provider needs it never and WebGPU for max pools. A
   run then explains one class (`cam_class` is `[N,1]`), because most of these runtimes do not run a Scan
   as ONNX defines it; what a method does for each of up to 64 channels or samples is written out, and
   refused for more. MaxPool's gradient does without the Indices, and square weights are copied before a
