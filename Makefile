@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check docs parity runtimes zoo clean
+.PHONY: demo test check docs parity runtimes zoo web test-web clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -11,8 +11,9 @@ demo: .venv/ready
 	.venv/bin/onnxcam run demo/explained.onnx models/cat_and_coffee.png \
 	    --class "Egyptian cat" --class espresso --output demo
 
+# A process for each core, up to 4 because each takes 2 to 3 GB, and one thread in each.
 test: .venv-test/ready
-	.venv-test/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv-test/ready
 	.venv-test/bin/ruff format --check .
@@ -31,6 +32,24 @@ runtimes: .venv-runtimes/ready
 # The pages that are printed by the program.
 docs: .venv-test/ready
 	.venv-test/bin/python docs/cli.py > docs/cli.md
+	.venv-test/bin/python docs/colors.py > web/colors.js
+
+# Completes the page in web/ with onnxruntime-web from npm and the demo's model; any file server can serve it then.
+web: .venv/ready
+	.venv/bin/onnxcam web --fetch
+	mkdir -p web/models
+	.venv/bin/onnxcam attach models/efficientnet_lite0.onnx -o web/models/efficientnet_lite0.onnx $(FACTS) \
+	    --embed-preprocess --class-input required
+	echo '[{"name": "EfficientNet-Lite0", "path": "efficientnet_lite0.onnx"}]' > web/models/index.json
+
+# The page in a real browser.
+test-web: .venv-test/ready web /usr/bin/chromium
+	.venv-test/bin/pip install --quiet --disable-pip-version-check -r tests_web/requirements.txt
+	.venv-test/bin/python -m pytest tests_web
+
+/usr/bin/chromium:
+	apt-get update --quiet
+	apt-get install --quiet --yes --no-install-recommends chromium
 
 # Every classifier of torchvision and one of each family of timm against torch; hours. It goes on where it stopped.
 zoo: .venv-test/ready
@@ -57,4 +76,4 @@ zoo: .venv-test/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-test .venv-runtimes demo build *.egg-info
+	rm -rf .venv .venv-test .venv-runtimes demo build *.egg-info web/ort web/models tests_web/seen

@@ -301,7 +301,6 @@ def _explain(
     valid = seeds.valid
     if valid is not None:
         outputs["cam"] = op.Where(op.Unsqueeze(valid, [2, 3]), outputs["cam"], np.float32(np.nan))
-        outputs["heatmap"] = op.Where(op.Unsqueeze(valid, [2, 3]), outputs["heatmap"], np.float32(0))
     if "activations" in emit:
         if len(probes) > 1:
             raise OnnxcamError("activations are those of one layer; there are several")

@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one function and prints."""
 
+import contextlib
 import enum
 import io
 import json
@@ -303,7 +304,7 @@ def run(
     layout: Layout = None,
 ) -> None:
     """Explain pictures: for each class an overlay, and one panel with all of them."""
-    from onnxcam.runtime import Explainer
+    from onnxcam.runtime import Explainer, in_parallel
 
     _check_folder(output)
     explainer = Explainer(
@@ -327,20 +328,26 @@ def run(
         **({"seed": _array(seed)} if seed else {"classes": wanted}),
         **({"mask": _mask(mask)} if mask else {}),
     }
-    stems = _stems(images)
+
+    def explained(named: tuple[Path, str]) -> tuple["Explanation | OnnxcamError", dict[str, Any]]:
+        image, stem = named
+        try:
+            explanation = explainer(image, **given)
+        except OnnxcamError as error:
+            return error, {}
+        return explanation, _write(explanation, output, stem, opacity)
+
     failed = 0
     with _Bar(len(images)) as bar:
-        for image, stem in zip(images, stems, strict=True):
-            try:
-                explanation = explainer(image, **given)
-            except OnnxcamError as error:
+        for done in in_parallel(explained, zip(images, _stems(images), strict=True)):
+            explanation, files = done.result()
+            if isinstance(explanation, OnnxcamError):
                 if len(images) == 1:
-                    raise
+                    raise explanation
                 failed += 1
                 bar.clear()
-                _complain(error)
+                _complain(explanation)
             else:
-                files = _write(explanation, output, stem, opacity)
                 bar.clear()
                 typer.echo(_json(explanation, files) if as_json else _text(explanation, files))
             bar.advance()
@@ -651,6 +658,52 @@ def operators() -> None:
     from onnxcam.coverage import table
 
     typer.echo(table())
+
+
+@app.command()
+def web(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Models for it, attached with --embed-preprocess --class-input required.",
+            metavar="MODEL",
+            readable=False,
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for one that is free.")
+    ] = 8000,
+    single_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the page with all that it needs as one HTML file instead.",
+            metavar="OUT.html",
+            readable=False,
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Only fetch onnxruntime-web from npm, which the page needs.")
+    ] = False,
+) -> None:
+    """Serve a page that explains photos in the browser; they do not leave the machine.
+
+    Ctrl+C stops it. A file that --single-file wrote needs neither a server nor a network.
+    """
+    from onnxcam import webpage
+
+    if fetch:
+        typer.echo(f"onnxruntime-web {webpage.VERSION}: {webpage.fetch()}")
+        return
+    if single_file is not None:
+        _check_output(single_file, *(models or ()))
+    files = webpage.site(models or ())
+    if single_file is not None:
+        webpage.single_file(files, single_file)
+        typer.echo(f"{single_file}: {single_file.stat().st_size / 1e6:.1f} MB")
+        return
+    with webpage.server(files, port) as server, contextlib.suppress(KeyboardInterrupt):
+        typer.echo(f"http://127.0.0.1:{server.server_port}/")
+        server.serve_forever()
 
 
 def _version(asked: bool) -> None:

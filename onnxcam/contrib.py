@@ -4,6 +4,9 @@ import functools
 from collections.abc import Iterator
 
 import onnx
+import onnx_ir as ir
+
+from onnxcam.errors import OnnxcamError
 
 DOMAIN = "com.microsoft"
 
@@ -12,6 +15,24 @@ _IN_ONNX_DOMAIN = ("GroupNormalization", "LayerNormalization", "SimplifiedLayerN
 
 ONNX itself has LayerNormalization from opset 17 on; GroupNormalization it calls deprecated before opset 21.
 """
+
+_LAYOUTS = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
+"""Domains of operators on activations that are laid out in memory as one kind of processor likes them."""
+
+
+def refuse_layouts(model: ir.Model) -> None:
+    """Refuse a file that onnxruntime's optimiser has rearranged for one kind of processor.
+
+    Raises:
+        OnnxcamError: it holds operators of such a layout.
+    """
+    for node in model.graph.all_nodes():
+        if node.domain in _LAYOUTS:
+            raise OnnxcamError(
+                f"onnxruntime's optimiser rearranged the model for one kind of processor (node {node.name!r} "
+                f"is a {node.domain}.{node.op_type}); attach to the model before that, or let onnxruntime "
+                "optimise it up to ORT_ENABLE_EXTENDED only"
+            )
 
 
 def move_out(proto: onnx.ModelProto) -> None:

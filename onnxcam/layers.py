@@ -2,12 +2,12 @@
 
 import ast
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcam.backward import path
+from onnxcam.backward import influenced, path
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.grid import PLANES, TOKENS, Grid, bottlenecks, grids, live_tokens, pooled_order
 from onnxcam.subgraphs import reads, refuse_inner, within
@@ -227,13 +227,13 @@ def find(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Laye
 
 
 def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> Layer:
-    """Find the layer called `name`: a value, a node or a PyTorch module path.
+    """Find the layer called `name`: a value, a node or, standing for its output, a PyTorch module path.
 
     Raises:
-        OnnxcamError: there is no such layer, it comes after the scores or does not influence them, or it has
-            no plane of positions.
+        OnnxcamError: there is no such layer, it is a module of several outputs, it comes after the scores, it
+            does not influence them, or it has no plane of positions.
     """
-    value = _named(model, name)
+    value = _named(model, name, source)
     if value is None:
         refuse_inner(model.graph, "layer", name)
         nodes = list(model.graph)
@@ -248,7 +248,7 @@ def locate(model: ir.Model, name: str, source: ir.Value, logits: ir.Value) -> La
             raise OnnxcamError(f"layer {name!r} comes after the scores; choose one before them")
         raise OnnxcamError(f"layer {name!r} does not influence the scores")
     layer = next((layer for layer in explainable(source, logits) if layer.value is value), None)
-    if layer is None and is_map(value):
+    if layer is None and _is_map(value, source):
         order = layout(source) if value is source else PLANES
         at = 2 if order == PLANES else 1
         layer = _layer(value, Grid(order, dims(value)[at], dims(value)[at + 1]), None)
@@ -416,15 +416,23 @@ def module_path(node: ir.Node) -> str | None:
     return ".".join(found) or None
 
 
-def is_map(value: ir.Value) -> bool:
-    """Whether `value` is floating point and shaped [N,C,h,w] with h*w > 1, as far as the graph says."""
-    return (
-        _is_float(value) and value.shape is not None and len(value.shape) == 4 and dims(value)[2:] != [1, 1]
-    )
+def _is_map(value: ir.Value, source: ir.Value) -> bool:
+    """Whether `value` is floating point and shaped [N,C,h,w] with h*w > 1, as far as the graph says.
+
+    Where N is a number, it must be that of the picture `source`; others count tokens or windows.
+    """
+    if not _is_float(value) or value.shape is None or len(value.shape) != 4 or dims(value)[2:] == [1, 1]:
+        return False
+    rows = dims(value)[0]
+    return not isinstance(rows, int) or rows in (1, dims(source)[0])
 
 
-def _named(model: ir.Model, name: str) -> ir.Value | None:
-    """Look `name` up as a value, as a node, as a module path, as the module that owns a node's weights."""
+def _named(model: ir.Model, name: str, source: ir.Value) -> ir.Value | None:
+    """Look `name` up as a value, as a node, as a module path, as the module that owns a node's weights.
+
+    Raises:
+        OnnxcamError: it is a module of several outputs.
+    """
     for value in model.graph.inputs:
         if value.name == name:
             return value
@@ -436,15 +444,44 @@ def _named(model: ir.Model, name: str) -> ir.Value | None:
     for node in nodes:
         if node.name == name:
             return node.outputs[0]
-    inside = [n for n in nodes if _is_inside(module_path(n), name)] or [
-        n for n in nodes if name in _weight_owners(n)
+    inside = [n for n in nodes if _is_inside(n, name)] or [n for n in nodes if name in _weight_owners(n)]
+    return _output(name, inside, influenced(nodes, [source])) if inside else None
+
+
+def _output(module: str, inside: Sequence[ir.Node], live: Set[ir.Value]) -> ir.Value:
+    """Return what a module computes last of all that is read outside of it and depends on the picture.
+
+    A module that runs several times, such as the only Relu of a residual block, makes several such values.
+
+    Args:
+        module: its path.
+        inside: its nodes, in the order they run.
+        live: the values that depend on the picture.
+
+    Raises:
+        OnnxcamError: the last is not computed from all others, which may then be outputs as well.
+    """
+    made = [value for node in inside for value in node.outputs]
+    outputs = [
+        value
+        for value in made
+        if value in live
+        and (value.is_graph_output() or not all(_is_inside(node, module) for node, _ in value.uses()))
     ]
-    maps = [value for node in inside for value in node.outputs if is_map(value)]
-    return maps[-1] if maps else inside[-1].outputs[0] if inside else None
+    if not outputs:
+        return made[-1]
+    *earlier, last = outputs
+    apart = [value.name for value in earlier if not path(last, value)]
+    if apart:
+        names = ", ".join(repr(name) for name in [*apart, last.name])
+        raise OnnxcamError(f"the module {module!r} gives several values; name one of them: {names}")
+    return last
 
 
-def _is_inside(module: str | None, name: str) -> bool:
-    return module is not None and (module == name or module.startswith(name + "."))
+def _is_inside(node: ir.Node, module: str) -> bool:
+    """Whether the node is one of the module at that path, or of a module in it."""
+    own = module_path(node)
+    return own is not None and (own == module or own.startswith(module + "."))
 
 
 def _weight_owners(node: ir.Node) -> Iterable[str]:

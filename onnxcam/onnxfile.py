@@ -114,6 +114,7 @@ def normalise(model: ir.Model) -> ir.Model:
         raise OnnxcamError(
             f"the model is of opset {opset}; the installed onnx {onnx.__version__} knows 1 to {newest}"
         )
+    contrib.refuse_layouts(model)
     _run_checker(model, "the model is not valid")
     if model.ir_version < 4:
         # Then every weight had to be listed as an input; that is no choice of the author's.

@@ -1,12 +1,10 @@
 """Maps as pictures: a colour map, a map laid over its photo, a panel of several, and PNG files."""
 
-import contextlib
 import functools
 import math
 import os
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from onnxcam.errors import OnnxcamError
+from onnxcam.files import replacing
 
 # Corners of the colour maps as (lightness, chroma, hue in degrees) in OKLCh.
 _CORNERS = (  # from 0 to 1
@@ -439,19 +438,8 @@ def grid(cells: NDArray[np.uint8], title: str, legend: str) -> Image.Image:
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write `image` to `path` as a PNG, whole or not at all.
 
-    It is written beside `path` under a temporary name first, which then replaces `path`.
-
     Raises:
         OnnxcamError: the folder does not exist or cannot be written, or the disk is full.
     """
-    path = Path(path)
-    temporary = path.parent / f".{os.urandom(8).hex()}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            image.save(file, "PNG", compress_level=1)
-        temporary.replace(path)
-    except OSError as error:
-        raise OnnxcamError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # gone already, unless something went wrong
-            temporary.unlink()
+    with replacing(path) as file:
+        image.save(file, "PNG", compress_level=1)

@@ -142,7 +142,9 @@ def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, 
     last = op.Sub(count, 1)
     place = op.Min(op.Max(op.Sub(-1, asked), 0), last)
     deepest = op.Reshape(op.Add(op.ReduceMax(place, keepdims=0), 1), [1])
-    _, ranked = op.TopK(scores, deepest, outputs=2)
+    # Before opset 24 no TopK reads bfloat16.
+    wide = op.Cast(scores, to=ir.DataType.FLOAT) if scores.dtype == ir.DataType.BFLOAT16 else scores
+    _, ranked = op.TopK(wide, deepest, outputs=2)
     by_rank = op.GatherElements(ranked, place, axis=1)
     index = op.Where(op.Less(asked, 0), by_rank, op.Min(asked, last))
     valid = op.And(op.Less(asked, count), op.GreaterOrEqual(asked, op.Neg(count)))
@@ -153,4 +155,6 @@ def _one_hot(op: Emitter, index: Value, scores: Value) -> Value:
     assert scores.dtype is not None
     count = dims(scores)[1]
     depth = np.int64(count) if isinstance(count, int) else op.Squeeze(op.Shape(scores, start=1, end=2), [0])
+    if scores.dtype == ir.DataType.BFLOAT16:  # which no OneHot has
+        return op.Cast(op.OneHot(index, depth, np.array([0, 1], np.float32)), to=scores.dtype)
     return op.OneHot(index, depth, np.array([0, 1], scores.dtype.numpy()))

@@ -13,7 +13,7 @@ from tests.small import FACTS, saved
 
 MODELS = Path(__file__).parent.parent / "models"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests themselves run side by side
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,6 @@ from tests.checks import quiet, reference, relative_error
 from tests.graphs import build, explained, picture, run
 from tests.test_models import MODELS, ONNX_FILES, for_lite0, for_orientation, for_squeezenet
 
-torch.set_num_threads(1)
-
 PHOTO = {
     "efficientnet_lite0.onnx": lambda: for_lite0("cat_and_coffee.png"),
     "pp_lcnet_orientation.onnx": lambda: for_orientation("page.png"),
@@ -370,8 +368,10 @@ def scaled(values):
 def heat(cam, size, *, nhwc=False, symbolic=False, by="ort", signed=False):
     shape = [1, *size, 3] if nhwc else [1, 3, *size]
     declared = ["n", "h", "w", 3] if nhwc else ["n", 3, "h", "w"]
+    cam = np.asarray(cam, np.float32)
+    plane = ["a", "b"] if symbolic else cam.shape[2:]
     given = [
-        ir.Value(name="cam", shape=ir.Shape(["N", "K", "a", "b"]), type=ir.TensorType(ir.DataType.FLOAT)),
+        ir.Value(name="cam", shape=ir.Shape(["N", "K", *plane]), type=ir.TensorType(ir.DataType.FLOAT)),
         ir.Value(
             name="x", shape=ir.Shape(declared if symbolic else shape), type=ir.TensorType(ir.DataType.FLOAT)
         ),
@@ -382,7 +382,7 @@ def heat(cam, size, *, nhwc=False, symbolic=False, by="ort", signed=False):
     wanted = op.Shape(given[1], start=rows, end=rows + 2) if symbolic else list(size)
     graph.outputs.append(op.Identity(heatmap(op, given[0], wanted, signed)))
     model = ir.to_proto(ir.Model(graph, ir_version=10))
-    feeds = {"cam": np.asarray(cam, np.float32), "x": np.zeros(shape, np.float32)}
+    feeds = {"cam": cam, "x": np.zeros(shape, np.float32)}
     if by == "ref":
         return reference(model).run(None, feeds)[0]
     return onnxruntime.InferenceSession(model.SerializeToString(), quiet()).run(None, feeds)[0]
@@ -636,7 +636,7 @@ def test_the_real_models_logits_are_found():
         ({"emit": ()}, "nothing to emit"),
         (
             {"emit": ("cam", "heat")},
-            "output is 'heat'; it must be one of cam, heatmap, activations, gradients",
+            "output is 'heat'; it must be one of cam, heatmap, overlay, activations, gradients",
         ),
         ({"score": "between"}, "score is 'between'; it must be one of before, after"),
         ({"class_input": "both"}, "class input is 'both'"),

@@ -30,7 +30,18 @@ from tests.small import FLAGS, classifier, floats, saved
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("run", "attach", "export", "layers", "methods", "compare", "filters", "activations", "operators"),
+    *(
+        "run",
+        "attach",
+        "export",
+        "layers",
+        "methods",
+        "compare",
+        "filters",
+        "activations",
+        "operators",
+        "web",
+    ),
 )
 
 
@@ -879,6 +890,7 @@ def test_help_names_every_option(call, command):
         "activations": f"--output --layer --scores {facts}".replace(" --labels", ""),
         "methods": "--json",
         "operators": "",
+        "web": "--port --single-file --fetch",
     }[command].split()
     assert set(expected) <= set(re.findall(r"--[a-z-]+", text))
 
@@ -992,7 +1004,10 @@ def test_reader_that_goes_away(small_explained, photo, tmp_path):
 
 
 def test_interrupt(small_explained, photo, tmp_path):
+    # What is ignored stays so in a child: SIGINT is, under a shell's `&`.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = started("run", small_explained, *[photo] * 2000, "-o", tmp_path)
+    signal.signal(signal.SIGINT, inherited)
     assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -173,6 +173,27 @@ def test_module_paths(exporter, name, value, module):
     assert (layer.name, layer.module) == (value, module)
 
 
+def test_a_module_of_several_outputs_is_refused():
+    model = build(
+        f"""(T[N,3,8,10] x) => (T[N,5] scores) {WEIGHTS}
+        {{ c = {CONV}(x, w) r = Relu(c) o = Sigmoid(c) y = Mul(r, o) {END.format("y")} }}"""
+    )
+    for node in list(model.graph.node)[1:3]:
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'gate', 'of']")
+    with pytest.raises(OnnxcamError, match="module 'gate' gives several values; name one of them: 'r', 'o'"):
+        attach(model, layer="gate")
+
+
+def test_a_value_that_does_not_begin_with_the_batch_is_no_map():
+    model = build(
+        f"""(T[N,3,8,10] x) => (T[N,5] scores) {WEIGHTS}
+        {{ c = {CONV}(x, w) t = Transpose<perm=[2,0,1,3]>(c) r = Relu(t) y = Transpose<perm=[1,2,0,3]>(r)
+        {END.format("y")} }}"""
+    )
+    with pytest.raises(OnnxcamError, match=r"layer 'r' is \[8,N,4,10\]; a map needs"):
+        attach(model, layer="r")
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [

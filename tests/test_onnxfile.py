@@ -13,7 +13,7 @@ from onnxcam import onnxfile
 from onnxcam.attaching import attach
 from onnxcam.errors import OnnxcamError
 from tests import graphs
-from tests.checks import relative_error
+from tests.checks import quiet, relative_error
 from tests.graphs import build, explained, picture, run
 from tests.test_models import MODELS
 
@@ -718,3 +718,16 @@ def test_large_weights_are_handed_to_no_tool(monkeypatch):
     attach(model)
     assert len(seen) == 2
     assert max(seen) < 30_000 < model.ByteSize()
+
+
+def test_a_file_that_onnxruntime_laid_out_for_one_processor(tmp_path):
+    path, options = tmp_path / "laid_out.onnx", quiet()
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(build(graphs.DEEP).SerializeToString(), options)
+    if not any("nchwc" in node.domain or "nhwc" in node.domain for node in onnx.load(path).graph.node):
+        pytest.skip("onnxruntime has no layout of its own for this processor")
+    with pytest.raises(
+        OnnxcamError, match=r"for one kind of processor .* up to ORT_ENABLE_EXTENDED only"
+    ) as caught:
+        attach(path)
+    assert "\n" not in str(caught.value)

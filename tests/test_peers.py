@@ -162,7 +162,7 @@ def test_pytorch_grad_cam_smooths(net, pictures, file, method, smooth):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("method", DIALECTS["torchcam"].methods.keys() - {"cam"})
+@pytest.mark.parametrize("method", sorted(DIALECTS["torchcam"].methods.keys() - {"cam"}))
 def test_torchcam(net, pictures, file, method, layer):
     (maps,) = explained(file, pictures, "cam", method=method, layer=layer, compat="torchcam")
     for k, index in enumerate(CLASSES):

@@ -790,3 +790,33 @@ def test_panel_of_a_large_photo_is_the_panel_of_its_overlays(explainer):
     )
     assert quick.shape == np.shape(slow)
     assert np.abs(quick - np.asarray(slow, int)).mean() < 1
+
+
+# Many pictures
+
+
+def test_many_pictures_come_in_order_each_as_alone(explainer, photo):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (9 + i, 12, 3), np.uint8) for i in range(7)]
+    found = list(explainer.many([photo, *pictures], [2, 0]))
+    for mine, picture in zip(found, [photo, *pictures], strict=True):
+        alone = explainer(picture, [2, 0])
+        np.testing.assert_array_equal(mine.cam, alone.cam)
+        assert mine.image.size == alone.image.size
+        assert mine.predictions == alone.predictions
+
+
+def test_many_stop_at_a_picture_that_cannot_be_read(explainer, photo, tmp_path):
+    found = explainer.many([photo, tmp_path / "none.png", photo])
+    next(found)
+    with pytest.raises(OnnxcamError, match="none\\.png"):
+        next(found)
+
+
+def test_no_more_pictures_are_read_than_are_needed_soon(explainer, photo):
+    read = []
+    found = explainer.many(photo for n in range(50) if not read.append(n))
+    next(found)
+    assert len(read) <= 4
+    found.close()
+    assert len(read) <= 4

@@ -95,6 +95,21 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
     Returns:
         [N, C, *in], `in` being the spatial size of `x`.
     """
+    if set(window.strides) == {1} and isinstance(window.begin, list) and isinstance(window.end, list):
+        reach = [extent - 1 for extent in window.extents()]
+        pads = [r - pad for r, pad in zip(2 * reach, window.begin + window.end, strict=True)]
+        turned = _turned(op, w, group) if min(pads) >= 0 else None
+        if turned is not None:
+            # The same sums as ConvTranspose's, but by the runtime's fast convolutions.
+            return op.Conv(
+                dy,
+                turned,
+                kernel_shape=window.kernel,
+                strides=window.strides,
+                dilations=window.dilations,
+                pads=pads,
+                group=group,
+            )
     sizes, outs = dims(x)[2:], dims(y)[2:]
     n = len(sizes)
     common = {
@@ -130,6 +145,32 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
     if fixed:
         return op.Slice(widest, [0] * n, length, spatial)
     return op.Slice(widest, begin, op.Add(begin, length), spatial)
+
+
+def _turned(op: Emitter, w: Value, group: int) -> Value | None:
+    """Exchange what [M, C/group, *kernel] reads and makes, in each group, and mirror the kernel.
+
+    Constant weights are turned once, when a runtime loads the model; the file holds no copy of them.
+
+    Returns:
+        [C, M/group, *kernel], or None where the number of channels in a group is unknown.
+    """
+    made, read, *kernel = dims(w)
+    axes = [axis for axis, length in enumerate(kernel, 2) if length != 1]
+    mirrored = w
+    if axes:
+        ends = [np.iinfo(np.int64).min] * len(axes)
+        mirrored = op.Slice(w, [-1] * len(axes), ends, axes, [-1] * len(axes))
+    spatial = range(2, 2 + len(kernel))
+    if group == 1:
+        return op.Transpose(mirrored, perm=[1, 0, *spatial])
+    if not isinstance(made, int) or not isinstance(read, int):
+        return None
+    if read == 1 and made == group:
+        return mirrored
+    split = op.Reshape(mirrored, [group, made // group, read, *kernel])
+    swapped = op.Transpose(split, perm=[0, 2, 1, *(axis + 1 for axis in spatial)])
+    return op.Reshape(swapped, [group * read, made // group, *kernel])
 
 
 def kernel_size(kernel_shape: list[int] | None, w: Value) -> list[int]:

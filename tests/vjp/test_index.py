@@ -1,7 +1,6 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +11,6 @@ from onnxcam.onnxfile import normalise
 from tests.checks import _one_node_model, check_vjp
 
 RNG = np.random.default_rng(5)
-torch.set_num_threads(1)
 
 MAX, MIN = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 SYMBOLIC = pytest.mark.parametrize("symbolic", [False, True])

@@ -8,7 +8,6 @@ from onnxcam.errors import OnnxcamError
 from tests.checks import check_vjp
 
 RNG = np.random.default_rng(2)
-torch.set_num_threads(1)
 
 
 def normal(*shape):

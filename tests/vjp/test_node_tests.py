@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx.backend.test import loader
 from onnx.reference.ops import op_causal_conv_with_state
 
-from onnxcam.backward import gradient
+from onnxcam.backward import gradients
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.onnxfile import normalise
@@ -264,7 +264,7 @@ def gradients_of(model, feeds, floats, outputs, seeds, constants):
         terms.append(op.ReduceSum(op.Mul(values[name], seed), keepdims=0))
     total = functools.reduce(op.Add, terms)
     one = op.constant(np.array(1, total.dtype.numpy()))
-    found = {name: gradient(op, total, one, values[name]) for name in floats}
+    found = dict(zip(floats, gradients(op, {total: one}, [values[name] for name in floats]), strict=True))
     del graph.outputs[:]
     for name, dx in found.items():
         if dx is not None:

@@ -9,7 +9,6 @@ from tests.checks import _one_node_model, check_vjp, quiet
 from tests.graphs import build, explained, picture, run, weights_of
 
 RNG = np.random.default_rng(6)
-torch.set_num_threads(1)
 
 T, N, WIDTH, H = 3, 2, 2, 3
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tests.checks import check_vjp, dtypes_of_gradients
 
 RNG = np.random.default_rng(3)
-torch.set_num_threads(1)
 
 
 def normal(*shape):

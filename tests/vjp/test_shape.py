@@ -15,7 +15,6 @@ from onnxcam.onnxfile import check, normalise
 from tests.checks import check_vjp, dtypes_of_gradients, quiet
 
 RNG = np.random.default_rng(4)
-torch.set_num_threads(1)
 
 
 def normal(*shape):

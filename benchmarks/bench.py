@@ -1,0 +1,377 @@
+"""How fast it is: ``make bench`` writes ``benchmarks/results.md``; ``make bench-quick`` runs a few rows.
+
+    python -m benchmarks.bench --only 'explained*' [--pairs 50]      # some rows, printed only
+
+A row is the ratio of two things measured in turn in one run, see `benchmarks.pairs`. Models are torchvision's
+with random weights, exported by torch's own exporter.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import importlib.metadata
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.pairs import THREADS, Ratio, in_turn, picture, plain, session
+from onnxcam import attach, gradient
+from onnxcam.card import Card
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("results.md")
+QUICK = ("explained/resnet50/1", "explained/efficientnet_b0/1", "five/resnet50", "size/resnet50")
+IMAGENET = {"color": "RGB", "scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: what `--only` calls it.
+        measure: what it is, for a person.
+        goal: the bound that the ratio should keep.
+        most: whether that is an upper bound.
+        run: measures it with so many pairs.
+    """
+
+    name: str
+    measure: str
+    goal: float
+    most: bool
+    run: Callable[[int], Ratio]
+
+
+def rows() -> Iterator[Row]:
+    convolutional = ("resnet50", "mobilenet_v3_large", "efficientnet_b0", "densenet121", "convnext_tiny")
+    models = (*convolutional, "efficientnet_lite0")
+    for name, batch in itertools.product(models, (1, 8)):
+        yield Row(
+            f"explained/{name}/{batch}",
+            f"explained / plain, {name}, batch {batch}",
+            1.02,
+            True,
+            lambda pairs, name=name, batch=batch: explained(name, batch, pairs),
+        )
+    for name in models:
+        yield Row(
+            f"five/{name}",
+            f"explained for 5 classes / plain, {name}",
+            1.05,
+            True,
+            lambda pairs, name=name: explained(name, 1, pairs, classes=5),
+        )
+    for name in ("vit_b_16", "swin_t"):
+        yield Row(
+            f"explained/{name}/1",
+            f"explained / plain, {name}",
+            1.10,
+            True,
+            lambda pairs, name=name: explained(name, 1, pairs),
+        )
+    yield Row(
+        "middle/resnet50",
+        "Grad-CAM at layer2 / plain, resnet50",
+        1.9,
+        True,
+        lambda pairs: explained("resnet50", 1, pairs, layer="layer2"),
+    )
+    for name, goal in (("resnet50", 2.1), ("efficientnet_b0", 2.3), ("vit_b_16", 2.2)):
+        yield Row(
+            f"input/{name}",
+            f"gradient at the input / plain, {name}",
+            goal,
+            True,
+            lambda pairs, name=name: at_input(name, pairs),
+        )
+    for peer, goals in (("pytorch-grad-cam", (7, 15, 15)), ("torchcam", (3, 5, 8))):
+        for name, goal in zip(convolutional[:3], goals, strict=True):
+            yield Row(
+                f"{peer}/{name}",
+                f"{peer}'s Grad-CAM / onnxcam's, {name}",
+                goal,
+                False,
+                lambda pairs, name=name, peer=peer: against(peer, name, "gradcam", pairs),
+            )
+    for method in ("scorecam", "ablationcam"):
+        yield Row(
+            f"{method}/resnet18",
+            f"pytorch-grad-cam's {method} / onnxcam's, resnet18 at layer1 (64 channels)",
+            5,
+            False,
+            lambda pairs, method=method: against("pytorch-grad-cam", "resnet18", method, pairs, "layer1"),
+        )
+    yield Row(
+        "process/seconds",
+        "the shortest pytorch-grad-cam script / `onnxcam run`, one photo, whole process",
+        8,
+        False,
+        lambda pairs: process(pairs, "seconds"),
+    )
+    yield Row(
+        "process/memory",
+        "peak memory of the same two",
+        3,
+        False,
+        lambda pairs: process(min(pairs, 5), "memory"),
+    )
+    yield Row(
+        "attach/resnet50", "seconds to attach, resnet50 / 1 s", 1, True, lambda pairs: attaching("resnet50")
+    )
+    yield Row(
+        "folder",
+        "500 photos: DataLoader and pytorch-grad-cam / onnxcam, resnet50",
+        6,
+        False,
+        lambda pairs: folder(3),
+    )
+    yield Row(
+        "size/resnet50",
+        "bytes added by explaining, resnet50 / 64 KiB",
+        1,
+        True,
+        lambda pairs: size("resnet50"),
+    )
+    yield Row(
+        "size/input/resnet50",
+        "bytes added by the gradient at the input, resnet50 / 64 KiB",
+        1,
+        True,
+        lambda pairs: size("resnet50", at_the_input=True),
+    )
+
+
+def _file(name: str) -> Path:
+    own = ROOT / "models" / f"{name}.onnx"
+    return own if own.exists() else plain(name)
+
+
+def explained(name: str, batch: int, pairs: int, classes: int = 1, layer: str | None = None) -> Ratio:
+    """The model with ``cam`` and ``cam_heatmap`` against the model alone."""
+    path = _file(name)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "explained.onnx"
+        attach(path, out, layer=layer)
+        with_map, without = session(out), session(path)
+    feeds = picture(path, batch)
+    asked = {**feeds, "cam_class": np.arange(classes)[None]} if classes > 1 else feeds
+    return in_turn(lambda: with_map.run(None, asked), lambda: without.run(None, feeds), pairs)
+
+
+def at_input(name: str, pairs: int) -> Ratio:
+    """The model with the gradient of the scores at its input against the model alone."""
+    path = _file(name)
+    without = session(path)
+    scores, given = without.get_outputs()[0], without.get_inputs()[0].name
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "gradient.onnx"
+        gradient(path, scores.name, given, out)
+        with_gradient = session(out)
+    feeds = picture(path, 1)
+    seed = np.zeros((1, scores.shape[1]), np.float32)
+    seed[0, 0] = 1
+    asked = {**feeds, f"{scores.name}_seed": seed}
+    return in_turn(lambda: with_gradient.run(None, asked), lambda: without.run(None, feeds), pairs)
+
+
+def against(peer: str, name: str, method: str, pairs: int, layer: str | None = None) -> Ratio:
+    """A peer's map of class 0 of one picture at the size of the picture, against onnxcam's."""
+    import torch
+
+    from benchmarks.zoo import made
+    from tests import vision  # noqa: F401
+
+    torch.set_num_threads(THREADS)
+    module, _ = made(f"torchvision/{name}")
+    module.requires_grad_(True)
+    path = _file(name)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "explained.onnx"
+        model = attach(path, out, method=method, layer=layer)
+        ours = session(out)
+    card = Card.from_metadata(model.metadata_props)
+    assert card is not None
+    feeds = picture(path, 1)
+    x = torch.from_numpy(next(iter(feeds.values())))
+    where = module.get_submodule(layer) if layer else _last(name, module)
+    theirs = _peer(peer, method, module, where)
+    asked = {**feeds, "cam_class": np.array([[0]])}
+    return in_turn(lambda: theirs(x), lambda: ours.run(["cam_heatmap"], asked), pairs)
+
+
+def _peer(peer: str, method: str, module: Any, layer: Any) -> Callable[[Any], Any]:
+    """Return what makes a peer's map of class 0, made ready once."""
+    if peer == "torchcam":
+        from torchcam.methods import GradCAM
+
+        extractor = GradCAM(module, layer)
+        return lambda x: extractor(0, module(x))
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    kinds = {"gradcam": "GradCAM", "scorecam": "ScoreCAM", "ablationcam": "AblationCAM"}
+    cam = getattr(pytorch_grad_cam, kinds[method])(module, [layer])
+    return lambda x: cam(x, [ClassifierOutputTarget(0)])
+
+
+def _last(name: str, module: Any) -> Any:
+    """The module after which a peer's documentation looks."""
+    return module.layer4 if name.startswith("resnet") else module.features[-1]
+
+
+def process(pairs: int, what: str) -> Ratio:
+    """Whole processes: a script around pytorch-grad-cam against the command line, on a photo."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "explained.onnx"
+        attach(_file("resnet50"), out, resize="crop:256", **IMAGENET)
+        photo = str(ROOT / "models" / "cat_and_coffee.png")
+        theirs = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "benchmarks.shortest",
+            photo,
+            f"{folder}/a.png",
+        ]
+        ours = [str(Path(sys.executable).with_name("onnxcam")), "run", str(out), photo, "-o", f"{folder}/b"]
+        measured = [_child(command, what) for command in (theirs, ours)]  # fills the file cache
+        measured = [(_child(theirs, what), _child(ours, what)) for _ in range(pairs)]
+    return Ratio.of(measured)
+
+
+def _child(command: list[str], what: str) -> float:
+    """Seconds or bytes that a process takes."""
+    start = time.perf_counter()
+    with Path(os.devnull).open("w") as nowhere:
+        child = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, cwd=ROOT)
+        _, status, usage = os.wait4(child.pid, 0)
+    took = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{command} ended with {child.returncode}")
+    return took if what == "seconds" else usage.ru_maxrss * 1024
+
+
+def attaching(name: str) -> Ratio:
+    """The best of five, in processor time: attach runs on one core."""
+    path = _file(name)
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        attach(path)
+        times.append((time.process_time() - start, 1.0))
+    return Ratio.of([min(times)])
+
+
+def size(name: str, at_the_input: bool = False) -> Ratio:
+    """Bytes that explaining adds to the file."""
+    path = _file(name)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "explained.onnx"
+        attach(path, out, **({"method": "saliency"} if at_the_input else {}))
+        return Ratio.of([(out.stat().st_size - path.stat().st_size, 64 * 1024)])
+
+
+def folder(pairs: int) -> Ratio:
+    """Heat maps of the best class of 500 photos: a DataLoader and pytorch-grad-cam against an `Explainer`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        photos, out = Path(temporary) / "photos", Path(temporary) / "explained.onnx"
+        _photos(photos, 500)
+        attach(_file("resnet50"), out, resize="crop:256", **IMAGENET)
+        scripts = [f"benchmarks.{name}_folder" for name in ("peer", "own")]
+        times = []
+        for _ in range(pairs):
+            took = []
+            for script in scripts:
+                command = [sys.executable, "-W", "ignore", "-m", script, str(photos), str(out)]
+                took.append(float(subprocess.check_output(command, cwd=ROOT, text=True).split()[-1]))
+            times.append((took[0], took[1]))
+    return Ratio.of(times)
+
+
+def _photos(folder: Path, count: int) -> None:
+    """Cut JPEG files of 640x480 pixels from the photos of ``models/``, enlarged, each another part."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    originals = [Image.open(path).convert("RGB") for path in sorted((ROOT / "models").glob("c*.png"))]
+    large = [image.resize((1280, 960), Image.Resampling.BICUBIC) for image in originals]
+    for index in range(count):
+        left, top = rng.integers(0, 640), rng.integers(0, 480)
+        part = large[index % len(large)].crop((left, top, left + 640, top + 480))
+        part.save(folder / f"{index:03}.jpg", quality=90)
+
+
+def line(row: Row, found: Ratio) -> str:
+    """Return a row of the table."""
+    met = found.median <= row.goal if row.most else found.median >= row.goal
+    bound = f"{'<=' if row.most else '>='} {row.goal:g}"
+    figure = f"{found.median:.3g}" if found.median >= 2 else f"{found.median:.3f}"
+    cells = (
+        row.measure,
+        bound,
+        figure if met else f"**{figure}**",
+        f"{found.low:.3g} to {found.high:.3g}",
+        str(found.pairs),
+        f"`{row.name}`",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = """\
+# What it costs
+
+What `make bench` measured and wrote: {machine}; {versions}; {threads} threads, batch 1 unless said otherwise.
+
+A figure is the median of the ratios of two things that ran in turn, pair by pair, with its quartiles.
+**Bold**: the goal is not reached. `python -m benchmarks.bench --only NAME` runs one row.
+
+| measure | goal | median | quartiles | pairs | name |
+|---|---|---|---|---|---|
+"""
+
+
+def head() -> str:
+    """Return what stands above the table."""
+    packages = ("onnxruntime", "torch", "torchvision", "grad-cam", "torchcam")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((entry.partition(":")[2].strip() for entry in lines if entry.startswith("model name")), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return HEAD.format(
+        machine=f"{os.cpu_count()} cores of {model or platform.machine()}, {memory:.0f} GiB",
+        versions=", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
+        threads=THREADS,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only", action="append", help="Names of rows, such as 'explained/*'; they are printed only."
+    )
+    parser.add_argument("--quick", action="store_true", help="A few rows, printed only.")
+    parser.add_argument("--pairs", type=int, default=50)
+    options = parser.parse_args()
+    only = options.only or (QUICK if options.quick else None)
+    chosen = [row for row in rows() if only is None or any(fnmatch.fnmatch(row.name, name) for name in only)]
+    lines = []
+    for row in chosen:
+        lines.append(line(row, row.run(options.pairs)))
+        print(lines[-1], flush=True)
+    if only is None:
+        RESULTS.write_text(head() + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Measuring two things in turn, in one run: what the benchmarks share."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from benchmarks.zoo import exported, made
+
+BUILT = Path(__file__).parents[1] / "build" / "bench"
+THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """What the first of two things took in units of the second.
+
+    Attributes:
+        low, median, high: quartiles of the ratios, pair by pair.
+        seconds: medians of what both took.
+        pairs: how many there were.
+    """
+
+    low: float
+    median: float
+    high: float
+    seconds: tuple[float, float]
+    pairs: int
+
+    @classmethod
+    def of(cls, times: "Sequence[tuple[float, float]]") -> "Ratio":
+        """Make it of the measurements of both, pair by pair."""
+        array = np.array(times)
+        low, median, high = np.percentile(array[:, 0] / array[:, 1], [25, 50, 75])
+        first, second = np.median(array, axis=0)
+        return cls(float(low), float(median), float(high), (float(first), float(second)), len(array))
+
+
+def in_turn(first: Callable[[], object], second: Callable[[], object], pairs: int, warm: int = 3) -> Ratio:
+    """Call both in turn, each pair in the other order, and compare the times."""
+    for _ in range(warm):
+        first()
+        second()
+    times = []
+    for pair in range(pairs):
+        took = [0.0, 0.0]
+        for which in (0, 1) if pair % 2 else (1, 0):
+            start = time.perf_counter()
+            (first, second)[which]()
+            took[which] = time.perf_counter() - start
+        times.append((took[0], took[1]))
+    return Ratio.of(times)
+
+
+def session(path: Path, **config: str) -> onnxruntime.InferenceSession:
+    """Open a session with two threads that sleep when idle, so that they leave the cores to the other one."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in config.items():
+        options.add_session_config_entry(name, value)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def plain(name: str) -> Path:
+    """Return the ONNX file of a torchvision model with random weights, made in a process of its own."""
+    path = BUILT / f"{name}.onnx"
+    if not path.exists():
+        subprocess.run([sys.executable, "-m", "benchmarks.pairs", name], check=True)
+    return path
+
+
+def picture(path: Path, batch: int) -> dict[str, np.ndarray]:
+    """Return random pictures for a model."""
+    model = session(path).get_inputs()[0]
+    size = [d if isinstance(d, int) else 224 for d in model.shape[1:]]
+    return {model.name: np.random.default_rng(0).standard_normal((batch, *size), np.float32)}
+
+
+def _export(name: str) -> None:
+    from tests import vision  # noqa: F401
+
+    module, pictures = made(f"torchvision/{name}")
+    program, _ = exported(module, pictures)
+    BUILT.mkdir(parents=True, exist_ok=True)
+    part = BUILT / f"{name}.part"
+    program.save(part, external_data=False)
+    part.replace(BUILT / f"{name}.onnx")
+
+
+if __name__ == "__main__":
+    _export(sys.argv[1])
