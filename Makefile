@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check docs parity zoo web test-web clean
+.PHONY: demo test check docs parity runtimes zoo web test-web clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -23,6 +23,11 @@ check: .venv-test/ready
 # How far the maps are from those of pytorch-grad-cam, torch-cam and captum; writes docs/parity.md.
 parity: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.parity
+
+# Explained models in other runtimes; writes docs/runtimes.md. Hours, most of them WebGPU's; it goes on where it
+# stopped. Needs Node, npm and Debian's chromium beside what it installs.
+runtimes: .venv-runtimes/ready
+	.venv-runtimes/bin/python -m benchmarks.runtimes .venv-runtimes/web
 
 # The pages that are printed by the program.
 docs: .venv-test/ready
@@ -64,5 +69,11 @@ zoo: .venv-test/ready
 	.venv-test/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-peers.txt
 	touch $@
 
+.venv-runtimes/ready: benchmarks/runtimes/requirements.txt
+	$(PYTHON) -m venv .venv-runtimes
+	.venv-runtimes/bin/pip install --quiet --disable-pip-version-check -e . -r benchmarks/runtimes/requirements.txt
+	npm install --silent --prefix .venv-runtimes/web onnxruntime-web@1.30.0
+	touch $@
+
 clean:
-	rm -rf .venv .venv-test demo build *.egg-info web/ort web/models tests_web/seen
+	rm -rf .venv .venv-test .venv-runtimes demo build *.egg-info web/ort web/models tests_web/seen

@@ -39,7 +39,7 @@ from onnxcam.probe import Probe
 from onnxcam.seed import ROWS
 from onnxcam.simplify import simplify
 from onnxcam.targets import add_seeds, inputs_of
-from onnxcam.vjp import RULES, VARIANTS
+from onnxcam.vjp import PORTABLE, under
 from onnxcam.vjp.shapes import dims
 
 PREFIX = "cam"
@@ -69,6 +69,7 @@ def attach(
     class_input: str = "optional",
     embed_preprocess: bool = False,
     on_demand: bool = False,
+    portable: bool = False,
     score: str | None = None,
     scores: str | None = None,
     labels: Sequence[str] | None = None,
@@ -104,6 +105,8 @@ def attach(
             then of the picture's size.
         on_demand: make maps only where the input ``cam_wanted`` is true; elsewhere they are empty, and the
             model costs what it cost before.
+        portable: write what all runtimes of ``docs/runtimes.md`` compute alike: no Scan, so that a run
+            explains one class (K = 1), and rules that do without what some number or pack in their own way.
         score: explain the class score ``before`` or ``after`` the softmax. None: before it, or what the
             dialect always explains.
         scores: the model output that holds the class scores, needed if several could: [N,classes], dense
@@ -179,7 +182,7 @@ def attach(
         on_demand=on_demand or None,
         tool=f"onnxcam {__version__}",
     )
-    op = Emitter(graph, graph.opset_imports[""], PREFIX)
+    op = Emitter(graph, graph.opset_imports[""], PREFIX, portable)
     optional = class_input == "optional"
     first = graph[0]
     with op.before(first):
@@ -291,7 +294,7 @@ def _explain(
             seeds = seeds.negated(op)
     for source in sources:
         _check_requirement(method, picture if method.full_size else source.value, explained)
-    rules = {**RULES, **VARIANTS[method.rules]} if method.rules else RULES
+    rules = under(PORTABLE if op.portable else None, method.rules)
     probes = [
         Probe(op, picture, at, source.value, source.grid, explained, seeds, rules) for source in sources
     ]
@@ -382,7 +385,7 @@ def _as_rows(op: Emitter, scores: Value) -> Value:
 
 def _declared_shape(name: str, picture: Value, at: Grid, probes: Sequence[Probe]) -> ir.Shape:
     batch, photo = dims(picture)[0], [at.height, at.width]
-    kinds = 1 if probes[0].seeds.valid is None else "cam_classes"
+    kinds = 1 if probes[0].seeds.valid is None or probes[0].op.portable else "cam_classes"
     channels, *plane = dims(probes[0].activation())[1:]
     if len(probes) > 1:
         plane = [None, None]

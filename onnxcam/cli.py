@@ -226,6 +226,13 @@ OnDemand = Annotated[
         help="Make maps only where the input cam_wanted is true; without them it costs nothing.",
     ),
 ]
+Portable = Annotated[
+    bool,
+    typer.Option(
+        "--portable",
+        help="Write what runtimes other than onnxruntime compute alike; a run then explains one class.",
+    ),
+]
 Classes = Annotated[
     list[str] | None,
     typer.Option(
@@ -366,6 +373,7 @@ def attach(
     overlay: Overlay = False,
     embed_preprocess: EmbedPreprocess = False,
     on_demand: OnDemand = False,
+    portable: Portable = False,
     score: Score = None,
     scores: Scores = None,
     labels: Labels = None,
@@ -396,6 +404,7 @@ def attach(
         class_input=class_input,
         embed_preprocess=embed_preprocess,
         on_demand=on_demand,
+        portable=portable,
         score=score or "before",
         scores=scores,
         labels=_labels(labels),
@@ -425,6 +434,7 @@ def export(
     overlay: Overlay = False,
     embed_preprocess: EmbedPreprocess = False,
     on_demand: OnDemand = False,
+    portable: Portable = False,
     score: Score = None,
     labels: Labels = None,
     color: Color = None,
@@ -455,6 +465,7 @@ def export(
         class_input=class_input,
         embed_preprocess=embed_preprocess,
         on_demand=on_demand,
+        portable=portable,
         score=score or "before",
         labels=_labels(labels),
         **_preprocess(None, color, scale, mean, std, resize, interpolation),

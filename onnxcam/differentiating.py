@@ -13,6 +13,7 @@ from onnxcam.backward import gradients
 from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.subgraphs import refuse_inner
+from onnxcam.vjp import PORTABLE, under
 
 PREFIX = "gradient"
 
@@ -22,6 +23,8 @@ def gradient(
     outputs: str | Sequence[str],
     wrt: str | Sequence[str],
     path: "str | os.PathLike[str] | None" = None,
+    *,
+    portable: bool = False,
 ) -> ir.Model:
     """Add the gradients of a model's outputs with respect to any of its floating-point values.
 
@@ -34,6 +37,7 @@ def gradient(
         outputs: names of model outputs.
         wrt: names of floating-point values: inputs, or what any node computes.
         path: where to write the result; its folder must exist. None: only return it.
+        portable: write the gradients in the form that all runtimes of ``docs/runtimes.md`` compute alike.
 
     Returns:
         The model with gradients.
@@ -51,7 +55,8 @@ def gradient(
             refuse_inner(graph, "value", name)
     sources = _named("value", _names(wrt), visible)
     results = _named("output", _names(outputs), {value.name or "": value for value in graph.outputs})
-    op = Emitter(graph, graph.opset_imports[""], PREFIX)
+    op = Emitter(graph, graph.opset_imports[""], PREFIX, portable)
+    rules = under(PORTABLE if portable else None)
     seeds = {}
     for result in results:
         seed = Value(name=_free(f"{result.name}_seed", values), shape=result.shape, type=result.type)
@@ -59,7 +64,7 @@ def gradient(
         seeds[quantised.standing_for(result)] = seed
     inner = [quantised.standing_for(source) for source in sources]
     found = []
-    for source, part in zip(sources, gradients(op, seeds, inner), strict=True):
+    for source, part in zip(sources, gradients(op, seeds, inner, rules), strict=True):
         if part is None:
             raise OnnxcamError(f"no gradient reaches {source.name!r} from {', '.join(_names(outputs))}")
         found.append(op.Identity(part))

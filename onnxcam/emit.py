@@ -32,10 +32,13 @@ class Emitter:
     Attributes:
         graph: where the nodes go: the main graph, or the body of a Scan or an If.
         nodes: the nodes emitted so far, in order.
+        portable: whether runtimes that lack Scan must do, so that what is done for each of many is written
+            out for each.
     """
 
-    def __init__(self, graph: ir.Graph, opset: int, prefix: str) -> None:
+    def __init__(self, graph: ir.Graph, opset: int, prefix: str, portable: bool = False) -> None:
         self.graph = graph
+        self.portable = portable
         self.nodes: list[ir.Node] = []
         self._main = graph
         self._anchor: ir.Node | None = None

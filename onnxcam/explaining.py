@@ -109,6 +109,9 @@ def _single(op: Emitter, probe: Probe, request: Request, wanted: Sequence[str]) 
 
 def _heatmap(op: Emitter, cam: Value, probes: Sequence[Probe], request: Request) -> Value:
     valid = probes[0].seeds.valid
+    asked = probes[0].seeds.items[0].shape
+    if asked is not None and cam.shape is not None:  # inference loses these where a size is computed
+        cam.shape = ir.Shape([*list(asked)[:2], *list(cam.shape)[2:]])
     with op.scope("heatmap"):
         if valid is not None:  # a map of zeros becomes a heat map of zeros, in any dialect
             cam = op.Where(op.Unsqueeze(valid, [2, 3]), cam, 0.0)

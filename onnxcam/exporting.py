@@ -79,6 +79,7 @@ def export(
     class_input: str = "optional",
     embed_preprocess: bool = False,
     on_demand: bool = False,
+    portable: bool = False,
     score: str = "before",
     labels: Sequence[str] | None = None,
     opset: int = OPSET,
@@ -100,7 +101,7 @@ def export(
             ``layer4.1.conv2`` (of its last call, if it is called more than once), or any name that `attach`
             takes. None: the last spatial feature map before the head. Or several of these.
         method: see `attach`, as are target, evidence, fuse, smooth, compat, emit, class_input,
-            embed_preprocess, on_demand, score, labels and preprocess.
+            embed_preprocess, on_demand, portable, score, labels and preprocess.
         target: what is explained.
         evidence: what of the map is kept.
         fuse: how the maps of several layers are joined.
@@ -110,6 +111,7 @@ def export(
         class_input: ``optional`` or ``required``.
         embed_preprocess: let the model take the picture itself.
         on_demand: make maps only where they are asked for.
+        portable: for runtimes other than onnxruntime.
         score: explain the score ``before`` or ``after`` the softmax.
         labels: class names by index.
         opset: of the model that is written, at least 18.
@@ -147,6 +149,7 @@ def export(
             class_input=class_input,
             embed_preprocess=embed_preprocess,
             on_demand=on_demand,
+            portable=portable,
             score=score,
             labels=labels,
             **preprocess,

@@ -138,4 +138,4 @@ class Probe:
 
     def under(self, variant: str) -> "Probe":
         """The same run with the gradient rules of a variant."""
-        return dataclasses.replace(self, rules={**RULES, **VARIANTS[variant]})
+        return dataclasses.replace(self, rules={**self.rules, **VARIANTS[variant]})

@@ -287,6 +287,7 @@ class Explainer:
         inputs |= {i.name: i for i in self._session.get_overridable_initializers()}
         self._mask_shape = list(shape[2:]) if "cam_mask" in inputs else None
         self._dtypes = {name: _DTYPES.get(i.type) for name, i in inputs.items()}
+        self._one_class = "cam_class" in inputs and inputs["cam_class"].shape[1] == 1
         self._count = shape[1] if isinstance(shape[1], int) else len(self.card.labels or ()) or None
         self._check_labels(self._count)
 
@@ -337,7 +338,7 @@ class Explainer:
                 if mask is None
                 else mask[None].astype(self._dtypes["cam_mask"])
             )
-        scores, cam, heatmap = run(self._session, [self.card.scores, "cam", "cam_heatmap"], feeds, self.path)
+        scores, cam, heatmap = self._run(feeds, wanted if seed is None and self._one_class else None)
         if seed is not None:
             return self._of_a_seed(picture, viewport, scores[0], seed, cam, heatmap, name)
         flat = _of_classes(scores[0].astype(np.float64), mask)
@@ -388,6 +389,16 @@ class Explainer:
         """
         for done in in_parallel(lambda image: self(image, *args, **given), images):
             yield done.result()
+
+    def _run(self, feeds: Mapping[str, NDArray[Any]], one_by_one: Sequence[int] | None) -> list[NDArray[Any]]:
+        """Return scores, maps and heat maps; the maps of all classes, even if a run takes one only."""
+        names = [self.card.scores, "cam", "cam_heatmap"]
+        if one_by_one is None:
+            return run(self._session, names, feeds, self.path)
+        asked = [{**feeds, "cam_class": np.array([[index]], np.int64)} for index in one_by_one]
+        found = [run(self._session, names, each, self.path) for each in asked]
+        scores, *maps = zip(*found, strict=True)
+        return [scores[0], *(np.concatenate(parts, axis=1) for parts in maps)]
 
     def _fed(self, picture: Image.Image) -> "tuple[NDArray[Any], Viewport]":
         """Return what the model takes for a picture, and the part of the picture that it sees."""

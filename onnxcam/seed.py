@@ -126,6 +126,7 @@ def _all_rows_at_once(
             return None
     finally:
         _rename_rows(forward, ROWS, batch)
+        _rename_rows([value for node in op.nodes[first:] for value in node.outputs], ROWS, None)
     with op.before(walk[0]) if walk else contextlib.nullcontext():
         rows = seeds.weights(*(_as_rows(op, item) for item in seeds.items))
     if found is seed:

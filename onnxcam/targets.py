@@ -38,12 +38,14 @@ def add_seeds(op: Emitter, target: str, ranked: Value, scores: Value, optional: 
         seed = Value(name=SEED, shape=scores.shape, type=scores.type)
         op.graph.inputs.append(seed)
         return Seeds((op.Unsqueeze(seed, [1]),), lambda rows: rows)
-    classes = _request(op, CLASS, -1, optional)
-    against = _request(op, AGAINST, -2, optional) if target == "contrast" else None
+    classes = _request(op, CLASS, -1, optional, scores)
+    against = _request(op, AGAINST, -2, optional, scores) if target == "contrast" else None
     dense, mask = scores, _mask(op, scores, optional) if rank(scores) == 4 else None
     if mask is not None:
         ranked, scores = _totals(op, ranked, mask), _totals(op, scores, mask)
     index, valid = resolve_classes(op, ranked, classes)
+    if op.portable:
+        index.shape = valid.shape = ir.Shape([dims(scores)[0], 1])
     if against is not None:
         other, known = resolve_classes(op, ranked, against)
         # One class to compare with may serve all K.
@@ -62,9 +64,11 @@ def add_seeds(op: Emitter, target: str, ranked: Value, scores: Value, optional: 
     return seeds if mask is None else _over_mask(op, seeds, mask, dense)
 
 
-def _request(op: Emitter, name: str, default: int, optional: bool) -> Value:
-    """Add an input that asks for classes."""
-    shape = ir.Shape(["cam_images" if name == CLASS else None, "cam_classes" if name == CLASS else None])
+def _request(op: Emitter, name: str, default: int, optional: bool, scores: Value) -> Value:
+    """Add an input that asks for classes: for any number of them, or for one where that must be portable."""
+    images: int | str | None = "cam_images" if name == CLASS else None
+    classes: int | str | None = "cam_classes" if name == CLASS else None
+    shape = ir.Shape([1 if dims(scores)[0] == 1 else images, 1 if op.portable else classes])
     value = Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.INT64))
     return _with_default(op, value, np.array([[default]], np.int64) if optional else None)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ from onnx.reference.op_run import OpRun
 from onnxcam.backward import gradients
 from onnxcam.emit import Emitter
 from onnxcam.onnxfile import check, normalise
+from onnxcam.vjp import RULES, Rule
 
 RNG_SEED = 0
 ONE_NODE = "node"
@@ -95,6 +96,7 @@ def check_vjp(
     ort_rtol: float = 1e-4,
     ort_opset: "int | None" = None,
     symbolic: bool = False,
+    rules: "Mapping[tuple[str, str], Rule]" = RULES,
     **attributes: object,
 ) -> None:
     """Compare a rule's gradients with torch autograd (`against`) or, without it, with central differences.
@@ -116,6 +118,7 @@ def check_vjp(
         ort_rtol: allowed relative error there.
         ort_opset: of the float32 model, where onnxruntime does not know `opset`.
         symbolic: declare every dimension of every input as unknown until the run.
+        rules: of the operators.
         attributes: of the node.
     """
     rng = np.random.default_rng(RNG_SEED)
@@ -128,7 +131,7 @@ def check_vjp(
         asked = wrt if differentiate else []
         return _one_node_model(
             op_type, arrays, dtype, asked, constant, outputs, count, opset, domain, symbolic, attributes,
-            [np.ndim(y) for y in ys] if differentiate else (),
+            [np.ndim(y) for y in ys] if differentiate else (), rules,
         )  # fmt: skip
 
     feeds = {f"x{i}": a for i, a in enumerate(arrays) if a is not None and i not in constant}
@@ -203,7 +206,19 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def _one_node_model(
-    op_type, arrays, dtype, wrt, constant, outputs, count, opset, domain, symbolic, attributes, ranks=()
+    op_type,
+    arrays,
+    dtype,
+    wrt,
+    constant,
+    outputs,
+    count,
+    opset,
+    domain,
+    symbolic,
+    attributes,
+    ranks=(),
+    rules=RULES,
 ):
     arrays = [a if a is None or a.dtype.kind != "f" else a.astype(dtype) for a in arrays]
     names = ["" if a is None else f"x{i}" for i, a in enumerate(arrays)]
@@ -244,7 +259,7 @@ def _one_node_model(
             type=ir.TensorType(y.dtype or ir.DataType.from_numpy(np.dtype(dtype))),
         )
         own.graph.inputs.append(seed)
-        for i, dx in zip(wrt, gradients(op, {y: seed}, [values[f"x{i}"] for i in wrt]), strict=True):
+        for i, dx in zip(wrt, gradients(op, {y: seed}, [values[f"x{i}"] for i in wrt], rules), strict=True):
             assert dx is not None, f"no gradient reaches input {i} from output {k}"
             name = f"dx{i}"
             totals[name] = dx if name not in totals else op.Add(totals[name], dx)

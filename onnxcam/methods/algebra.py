@@ -62,12 +62,17 @@ def resized(
     ):
         rows, columns = (_between(op, *side, maps) for side in zip(plane, size, strict=True))
         return op.MatMul(op.MatMul(rows, maps), op.Transpose(columns, perm=[1, 0]))
+    outer = [] if maps.shape is None else list(maps.shape)[:2]
+    axes: list[int] | None = [2, 3]
+    known = [d for d in outer if isinstance(d, int)]
+    if isinstance(size, list) and len(known) == 2:
+        size, axes = [*known, *size], None  # OpenCV 5 takes sizes of all axes only
     return op.Resize(
         maps,
         None,
         None,
         size,
-        axes=[2, 3],
+        axes=axes,
         mode=mode,
         coordinate_transformation_mode=centres,
         **options,
@@ -175,8 +180,10 @@ def _turned_up(op: Emitter, x: Value) -> Value:
 
 def _identity(op: Emitter, g: Value) -> Value:
     """The identity matrix [m,m] in the dtype of `g` [N,K,m,m]."""
-    size = op.Shape(g, start=3)
-    return op.EyeLike(op.ConstantOfShape(op.Concat(size, size, axis=0)), dtype=g.dtype)
+    size = g.shape[3] if g.shape is not None else None
+    end = np.int64(size) if isinstance(size, int) else op.Squeeze(op.Shape(g, start=3), [0])
+    places = op.Range(np.int64(0), end, np.int64(1))
+    return op.Cast(op.Equal(op.Unsqueeze(places, [1]), places), to=g.dtype)
 
 
 def _fewer_positions(x: Value) -> bool:

@@ -8,20 +8,20 @@ from onnx_ir import Value
 
 from onnxcam.emit import Emitter
 
-_PRIME = 2**31 - 1
-_MULTIPLIERS = (742938285, 950706376, 1226874159)
-"""Of good multiplicative generators modulo that prime: Fishman and Moore 1986, table 5."""
+_PRIME = 46337
+"""The largest below 2^15.5, so that no product of two remainders needs more than 31 bits: several runtimes
+compute int64 in 32."""
 
-_HALF = 2**15
+_NUMBER, _BLOCK, _RADIUS, _ANGLE = 37871, 42381, 23832, 45010
+"""Multipliers; drawn at random, and kept as the noise has the moments and correlations that it should."""
 
 
 def normal_noise(op: Emitter, shape: "list[int] | Value", dtype: ir.DataType) -> Callable[[Value], Value]:
     """Emit fields of independent standard normal numbers.
 
-    The hash of a position and of a field's number is a few rounds of x -> (a x + b)^5 modulo 2^31 - 1, each
-    a permutation (5 does not divide 2^31 - 2). Its upper 16 bits give the radius and its lower 15 bits the
-    angle of Box and Muller 1958; so no number is beyond +-4.86. All of it is exact int64 arithmetic up to
-    the last step.
+    The hash of a position and of a field's number is a few rounds of x -> (a x + b)^5 modulo 46337, each a
+    permutation (5 does not divide 46336). One hash gives the radius and another the angle of Box and Muller
+    1958; so no number is beyond +-4.79. All of it is exact arithmetic of integers up to the last step.
 
     Args:
         op: where the nodes go; what does not depend on the field's number goes there at once.
@@ -34,23 +34,26 @@ def normal_noise(op: Emitter, shape: "list[int] | Value", dtype: ir.DataType) ->
     size = int(np.prod(shape)) if isinstance(shape, list) else op.ReduceProd(shape, keepdims=0)
     whole = [1, *shape] if isinstance(shape, list) else op.Concat(np.array([1]), shape, axis=0)
     places = op.Range(np.int64(0), size if isinstance(size, Value) else np.int64(size), np.int64(1))
-    first, second, third = _MULTIPLIERS
-    by_place = _fifth_power(op, _affine(op, places, first, 1))
+    within, block = op.Mod(places, _PRIME), op.Div(places, _PRIME)
+    hashed = [_fifth_power(op, _affine(op, within, multiplier, 1)) for multiplier in (_RADIUS, _ANGLE)]
 
     def field(number: Value) -> Value:
-        key = op.Mod(op.Mul(op.Add(number, 1), second), _PRIME)
-        mixed = _fifth_power(op, op.Mod(op.Add(by_place, key), _PRIME))
-        bits = _fifth_power(op, _affine(op, mixed, third, 1))
+        key = _fifth_power(op, _affine(op, op.Mod(number, _PRIME), _NUMBER, 1))
+        shift = _fifth_power(op, _affine(op, block, _BLOCK, key))
         wide = ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-        upper, lower = (op.Cast(half(bits, _HALF), to=wide) for half in (op.Div, op.Mod))
-        radius = op.Sqrt(op.Mul(op.Log(op.Div(op.Add(upper, 0.5), float(2 * _HALF))), -2.0))
-        angle = op.Mul(op.Add(lower, 0.5), 2 * np.pi / _HALF)
+        uniform = []
+        for by_place, multiplier in zip(hashed, (_RADIUS, _ANGLE), strict=True):
+            mixed = _fifth_power(op, op.Mod(op.Add(by_place, shift), _PRIME))
+            last = _fifth_power(op, _affine(op, mixed, multiplier, key))
+            uniform.append(op.Div(op.Add(op.Cast(last, to=wide), 0.5), float(_PRIME)))
+        radius = op.Sqrt(op.Mul(op.Log(uniform[0]), -2.0))
+        angle = op.Mul(uniform[1], 2 * np.pi)
         return op.Reshape(op.Cast(op.Mul(radius, op.Cos(angle)), to=dtype), whole)
 
     return field
 
 
-def _affine(op: Emitter, x: Value, a: int, b: int) -> Value:
+def _affine(op: Emitter, x: Value, a: int, b: int | Value) -> Value:
     return op.Mod(op.Add(op.Mul(x, a), b), _PRIME)
 
 

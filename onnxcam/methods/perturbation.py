@@ -1,5 +1,6 @@
 """Maps of what happens to the score, or its gradient, when an activation or the picture is changed."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ _IS_STEPS = 10
 def ablationcam(op: Emitter, probe: "Probe") -> Value:
     """ReLU(sum_k (y - y_k) / y A_k), y_k the score without channel k. Desai and Ramaswamy 2020."""
     a, y = probe.activation(), probe.y()
-    channels = op.Range(np.int64(0), op.Squeeze(op.Shape(a, start=1, end=2), [0]), np.int64(1))
+    channels = _numbers(op, a, 1, 2)
 
     def without(k: Value) -> Value:
         others = op.Unsqueeze(op.Not(op.Equal(channels, k)), [0, 2, 3])
@@ -46,7 +47,7 @@ def reciprocam(op: Emitter, probe: "Probe") -> Value:
     """
     a = probe.activation()
     plane = op.Shape(a, start=2)
-    positions = op.Range(np.int64(0), op.ReduceProd(plane, keepdims=0), np.int64(1))
+    positions = _numbers(op, a, 2, 4)
     places = op.Reshape(positions, plane)
 
     def alone(position: Value) -> Value:
@@ -135,6 +136,15 @@ def noisy_gradients(op: Emitter, probe: "Probe") -> Value:
         return da
 
     return probe.each(op.constant(np.arange(SAMPLES)), one)
+
+
+def _numbers(op: Emitter, a: Value, start: int, end: int) -> Value:
+    """Return 0, 1, 2, ... up to the product of the sizes of `a` along the axes from `start` to `end`."""
+    sizes = [] if a.shape is None else [size for size in list(a.shape)[start:end] if isinstance(size, int)]
+    if len(sizes) == end - start:
+        return op.constant(np.arange(math.prod(sizes)))
+    count = op.ReduceProd(op.Shape(a, start=start, end=end), keepdims=0)
+    return op.Range(np.int64(0), count, np.int64(1))
 
 
 def _scored(op: Emitter, probe: "Probe", score: Callable[[Value], Value]) -> Value:

@@ -56,8 +56,8 @@ from onnxcam.vjp import (
     shape,
 )
 from onnxcam.vjp.registry import RULES, Rule, vjp
-from onnxcam.vjp.variants import VARIANTS
+from onnxcam.vjp.variants import PORTABLE, VARIANTS, under
 
-__all__ = ["RULES", "VARIANTS", "Rule", "vjp"]
+__all__ = ["PORTABLE", "RULES", "VARIANTS", "Rule", "under", "vjp"]
 
 del activation, contrib, conv, elementwise, index, linalg, norm, pool, quant, recurrent, reduce, resize, shape

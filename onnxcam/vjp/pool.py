@@ -91,6 +91,63 @@ def max_pool(
     return reshape_like(op, filled, x)
 
 
+def first_in_window(
+    op: Emitter,
+    dys: tuple[Value | None, ...],
+    ys: tuple[Value, ...],
+    x: Value,
+    *,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: list[int] | None = None,
+    kernel_shape: list[int],
+    pads: list[int] | None = None,
+    storage_order: int = 0,
+    strides: list[int] | None = None,
+) -> Value | None:
+    """The gradient of MaxPool without its Indices, which some runtimes lack and others number wrongly.
+
+    A convolution with one kernel for each place in a window lays the window out along the channels; there
+    ArgMax finds the first maximum, and the transposed convolution brings its gradient back.
+    """
+    dy = dys[0]
+    if dy is None:
+        return None
+    assert x.dtype is not None
+    window = Window.of(op, x, ys[0], kernel_shape, strides, dilations, pads, auto_pad)
+    places = math.prod(kernel_shape)
+    kernel = op.constant(np.eye(places, dtype=x.dtype.numpy()).reshape(places, 1, *kernel_shape))
+    surrounded = _surrounded(op, x, ys[0], window)
+    laid_out = op.Conv(
+        planes(op, surrounded, surrounded),
+        kernel,
+        kernel_shape=window.kernel,
+        strides=window.strides,
+        dilations=window.dilations,
+        pads=[0] * 2 * len(window.kernel),
+    )
+    first = op.ArgMax(laid_out, axis=1, keepdims=0, select_last_index=0)
+    chosen = op.OneHot(first, np.int64(places), np.array([0, 1], x.dtype.numpy()), axis=1)
+    shares = op.Mul(chosen, planes(op, dy, ys[0]))
+    return reshape_like(op, spread(op, shares, kernel, x, ys[0], window), x)
+
+
+def _surrounded(op: Emitter, x: Value, y: Value, window: Window) -> Value:
+    """Pad `x` up to the end of the last window with the lowest number (times 0, -inf would be none)."""
+    sizes, outs, begin = dims(x)[2:], dims(y)[2:], window.begin
+    assert x.dtype is not None
+    lowest = np.array(x.dtype.min, x.dtype.numpy())
+    if isinstance(begin, list) and all(isinstance(d, int) for d in [*sizes, *outs]):
+        spans = zip(sizes, outs, window.strides, window.extents(), begin, strict=True)
+        end = [max((out - 1) * step + extent - first - size, 0) for size, out, step, extent, first in spans]  # type: ignore[operator]
+        return op.Pad(x, [0, 0, *begin, 0, 0, *end], lowest) if any(begin + end) else x
+    before = op.constant(np.array(begin)) if isinstance(begin, list) else begin
+    reach = op.Add(op.Mul(op.Sub(op.Shape(y, start=2), 1), window.strides), window.extents())
+    after = op.Max(op.Sub(op.Sub(reach, before), op.Shape(x, start=2)), 0)
+    none = np.zeros(2, np.int64)
+    return op.Pad(x, op.Concat(none, before, none, after, axis=0), lowest)
+
+
 def _plane_size(op: Emitter, x: Value) -> int | Value:
     """How many elements of `x` belong to one channel of one image."""
     sizes = dims(x)[2:]
@@ -136,8 +193,11 @@ def average_pool(
     padded = not isinstance(window.begin, list) or not isinstance(window.end, list)
     padded = padded or any(window.begin + window.end)
     plain = not ceil_mode and (count_include_pad or not padded)
-    members = float(math.prod(kernel_shape)) if plain else _members(op, x, y, window, count_include_pad)
-    return _spread_planes(op, op.Div(dy, members), x, y, window)
+    if plain and dims(y)[2:] == [1] * len(kernel_shape) and dims(x)[2:] == window.extents() == kernel_shape:
+        return expand_like(op, op.Div(dy, float(math.prod(kernel_shape))), x, list(range(2, rank(x))))
+    if plain:
+        return _spread_planes(op, dy, x, y, window, 1.0 / math.prod(kernel_shape))
+    return _spread_planes(op, op.Div(dy, _members(op, x, y, window, count_include_pad)), x, y, window)
 
 
 @vjp("LpPool")
@@ -160,9 +220,9 @@ def lp_pool(
     return op.Mul(_power_slope(op, x, p), share)
 
 
-def _spread_planes(op: Emitter, dy: Value, x: Value, y: Value, window: Window) -> Value:
-    """Add up, for each element of `x`, the `dy` of the windows that cover it."""
-    kernel = op.constant(np.ones((1, 1, *window.kernel), x.dtype.numpy()))  # type: ignore[union-attr]
+def _spread_planes(op: Emitter, dy: Value, x: Value, y: Value, window: Window, weight: float = 1.0) -> Value:
+    """Add up, for each element of `x`, the `dy` of the windows that cover it, times `weight`."""
+    kernel = op.constant(np.full((1, 1, *window.kernel), weight, x.dtype.numpy()))  # type: ignore[union-attr]
     # Channels are pooled alike, so they join the batch and one small kernel serves them all.
     return reshape_like(op, spread(op, planes(op, dy, y), kernel, x, y, window), x)
 

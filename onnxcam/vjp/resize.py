@@ -98,11 +98,18 @@ def resize(
                 ones = op.CastLike(np.ones(3, np.float32), roi)
                 within = op.Concat(zeros, _entry(op, roi, i), ones, _entry(op, roi, len(axes) + i), axis=0)
             if scales is not None:
-                factors = op.Concat(np.ones(3, np.float32), _entry(op, scales, i), axis=0)
+                known = constant_array(scales)
+                factors = (
+                    np.array([1, 1, 1, known[i]], np.float32)
+                    if known is not None
+                    else op.Concat(np.ones(3, np.float32), _entry(op, scales, i), axis=0)
+                )
                 resized = op.Resize(impulses, within, factors, **how)
             else:
                 assert sizes is not None
-                wanted = joined(op, [size, 1, 1, _entry(op, sizes, i)])
+                known = constant_array(sizes)
+                length = int(known[i]) if known is not None else _entry(op, sizes, i)
+                wanted = joined(op, [size, 1, 1, length])
                 resized = op.Resize(impulses, within, None, wanted, **how)
         matrix = op.Reshape(resized, joined(op, [size, -1]))
         dy = _multiply(op, matrix, dy, at, rank(x))

@@ -336,6 +336,13 @@ def test_average_pool_auto_pad(count_include_pad, attributes, auto_pad, symbolic
 
 
 @BOTH
+def test_average_pool_of_the_whole_picture(symbolic):
+    pool = torch.nn.functional.avg_pool2d
+    x = normal(2, 3, 4, 5)
+    check_vjp("AveragePool", [x], against=lambda x: pool(x, (4, 5)), symbolic=symbolic, kernel_shape=[4, 5])
+
+
+@BOTH
 @pytest.mark.parametrize("count_include_pad", [0, 1])
 @pytest.mark.parametrize(
     ("shape", "attributes"),
