@@ -2,8 +2,8 @@
 
 ``attach`` adds a gradient branch and maps to an ONNX classifier, ``export`` does so from PyTorch, and
 ``Explainer`` runs the result on pictures, ``compare`` does so with several methods. ``filters`` and
-``activations`` look inside a model. ``gradient`` adds gradients alone, to any model. Importing the package
-imports none of them.
+``activations`` look inside a model. ``gradient`` adds gradients alone, to any model. ``verify`` checks an
+explained model that somebody else made. Importing the package imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxcam.exporting import export
     from onnxcam.looking import Activations, Filters, activations, filters
     from onnxcam.runtime import Explainer, Explanation, Prediction
+    from onnxcam.verifying import Report, verify
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "OnnxcamError",
     "Prediction",
     "Preprocess",
+    "Report",
     "__version__",
     "activations",
     "attach",
@@ -37,6 +39,7 @@ __all__ = [
     "export",
     "filters",
     "gradient",
+    "verify",
 ]
 
 _HOMES = {
@@ -55,6 +58,8 @@ _HOMES = {
     "Explainer": "runtime",
     "Explanation": "runtime",
     "Prediction": "runtime",
+    "verify": "verifying",
+    "Report": "verifying",
 }
 
 

@@ -653,6 +653,30 @@ def activations(
 
 
 @app.command()
+def verify(
+    explained: Annotated[
+        Path, typer.Argument(help="An explained model.", metavar="EXPLAINED", readable=False)
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="ORIGINAL", help="The model that it was made from.", readable=False),
+    ] = None,
+) -> None:
+    """Check an explained model that somebody else made.
+
+    Its card and its format, that only standard operators were added, that the outputs are the original's,
+    the maps those of its method, and the gradient that of the scores. The exit code is 1 if any is not so.
+    A line with - is no judgement: what it is about needs none, or cannot be checked, for the reason it gives.
+    """
+    from onnxcam.verifying import verify as verified
+
+    report = verified(explained, against)
+    typer.echo(str(report))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def operators() -> None:
     """List the operators that a gradient passes through, and why it does not pass through some."""
     from onnxcam.coverage import table

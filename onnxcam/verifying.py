@@ -1,0 +1,610 @@
+"""Checking an explained model that somebody else made: how its receiver comes to trust it.
+
+What was added is taken off again, which leaves the original. That is explained anew, as the card says, and
+compared; and the gradient it is explained with is compared with differences of the scores.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir import Value
+
+from onnxcam import layers, onnxfile
+from onnxcam.attaching import PREFIX, attach, prepared
+from onnxcam.backward import ancestors, path
+from onnxcam.card import EMITS, KEY, Card
+from onnxcam.dialects import DIALECTS
+from onnxcam.differences import Tail, rounds, slopes
+from onnxcam.emit import all_values
+from onnxcam.errors import OnnxcamError
+from onnxcam.grid import Grid
+from onnxcam.runtime import provider_named, run, start
+from onnxcam.subgraphs import bodies, branches, is_if, within
+from onnxcam.targets import AGAINST, CLASS, MASK, RIVALS, SEED
+from onnxcam.vjp import VARIANTS
+from onnxcam.vjp.shapes import dims
+
+SAME = 1e-5
+"""Largest difference, over the largest value, at which outputs count as the original's.
+
+``benchmarks/original_outputs.py`` finds up to 6e-7.
+"""
+
+ALIKE = 1e-4
+"""The same for maps. One onnxcam and one onnxruntime give the same bits; others may sum otherwise."""
+
+NEAR = 1e-4
+"""Largest relative distance of a float32 gradient from the differences, on the better of the pictures.
+
+It is about 1e-6 (3e-5 behind a hundred layers) where every ReLU is on the same side of its kink in float32
+and in float64. Where that is so for no picture, as at the pictures of a DenseNet, four times what the gradient
+moves by when the last bits of the picture change is allowed.
+"""
+
+JUMPY = 0.02
+"""If it moves by more, nothing can be said."""
+
+_PICTURES = 2
+_DIRECTIONS = 2
+_SIZE = 224
+"""Pixels, where neither the graph nor the card says how large a picture is."""
+
+_OURS = f"{PREFIX}/"
+_INPUTS = (CLASS, AGAINST, MASK, SEED)
+_OUTPUTS = {kind: PREFIX if kind == "cam" else f"{PREFIX}_{kind}" for kind in EMITS}
+
+Array: TypeAlias = "NDArray[Any]"
+Verdict = tuple[bool | None, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it is as it should be; None: that is not to be judged, or could not be.
+        text: the figures, or what is wrong.
+    """
+
+    name: str
+    passed: bool | None
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found in an explained model.
+
+    Attributes:
+        model: the file.
+        title: what it explains, as far as the card says.
+        checks: in order. If the first one fails the others may be missing.
+    """
+
+    model: str
+    title: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        marks = {True: "ok", False: "FAILED", None: "-"}
+        lines = [f"  {marks[c.passed]:<6}  {c.name:<9}  {c.text}" for c in self.checks]
+        return "\n".join([f"{self.model}: {self.title}", *lines])
+
+
+def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | None" = None) -> Report:
+    """Check an explained model on random pictures, in onnxruntime on the CPU.
+
+    - ``card``: it says what fits the graph.
+    - ``graph``: it is valid ONNX and has the inputs and outputs of ``docs/format.md``.
+    - ``operators``: what was added are standard operators, and whatever else the original itself has.
+    - ``original``: the outputs are those of the model `against`, and so are all weights and nodes; without
+      it, the outputs are those of the file without what was added.
+    - ``maps``: they are those that this onnxcam makes of the same model.
+    - ``gradient``: that onnxcam's gradient g, of which the maps are made, is the derivative of the scores.
+      What lies behind the activation A is run in float64, by ONNX's own reference evaluator: on both sides
+      of A in random directions v, (y(A + hv) - y(A - hv)) / 2h should be <g,v>. With v normal of variance 1,
+      the root mean square of what it is off, over the norm of g, estimates the relative distance of g from
+      the derivative. h is so small, 1e-8 of A, that hardly any kink of a ReLU or a maximum lies between.
+    - ``size``: what the explanation adds.
+
+    Args:
+        path: an explained model.
+        against: the model that it was made from.
+
+    Raises:
+        OnnxcamError: a file cannot be read, `path` is not explained or `against` is, or there is no
+            onnxruntime.
+    """
+    model = onnxfile.load(path)
+    if KEY not in model.metadata_props:
+        raise OnnxcamError(f"{path} is not an explained model: it has no card. 'onnxcam attach' makes one")
+    provider_named("cpu")
+    plain = None if against is None else prepared(against)
+    try:
+        subject = _Subject.of(path, model, against, plain)
+    except OnnxcamError as error:
+        return Report(os.fspath(path), "not as onnxcam makes it", (Check("card", False, _line(error)),))
+    checks = tuple(_checked(name, check, subject) for name, check in _CHECKS.items())
+    return Report(os.fspath(path), subject.card.title, checks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """An explained model taken apart.
+
+    Attributes:
+        path, model: the file.
+        card: what it says about itself.
+        original: the model without what was added.
+        added: nodes of `model`, in order.
+        fresh: `original` explained anew as the card says.
+        against, plain: the model that it should have been made from, if one was given.
+    """
+
+    path: Path
+    model: ir.Model
+    card: Card
+    original: ir.Model
+    added: Sequence[ir.Node]
+    fresh: ir.Model
+    against: Path | None
+    plain: ir.Model | None
+
+    @classmethod
+    def of(
+        cls,
+        path: "str | os.PathLike[str]",
+        model: ir.Model,
+        against: "str | os.PathLike[str] | None",
+        plain: ir.Model | None,
+    ) -> "_Subject":
+        """Take a model apart.
+
+        Raises:
+            OnnxcamError: its card cannot be read, or does not fit the graph.
+        """
+        card = Card.from_metadata(model.metadata_props)
+        assert card is not None
+        original, added = _divided(model)
+        original = onnxfile.normalise(original)
+        emit = [kind for kind, name in _OUTPUTS.items() if name in _names(model.graph.outputs)]
+        optional = all(v.is_initializer() for v in model.graph.inputs if v.name in (CLASS, AGAINST, MASK))
+        fresh = attach(
+            original,
+            emit=emit,
+            evidence=card.evidence,
+            fuse=card.fuse,
+            smooth=card.smooth or (),
+            class_input="optional" if optional else "required",
+            labels=card.labels,
+            **_request(card),
+            **{k: v for k, v in dataclasses.asdict(card.input).items() if k != "name"},
+        )
+        against = None if against is None else Path(against)
+        return cls(Path(path), model, card, original, added, fresh, against, plain)
+
+    @property
+    def nodes(self) -> Iterator[ir.Node]:
+        """Iterate over the added nodes and those inside of them."""
+        for node in self.added:
+            yield from within(node)
+
+
+def _request(card: Card) -> dict[str, Any]:
+    """Arguments of `attach` for what is explained."""
+    dialect = DIALECTS.get(card.compat or "paper")
+    method = dialect.methods.get(card.method) if dialect else None
+    return {
+        "layer": None if method is not None and method.at_picture else card.layer.split(", "),
+        "method": card.method,
+        "target": card.target,
+        "compat": card.compat or "paper",
+        "score": card.score,
+        "scores": card.scores,
+    }
+
+
+def _divided(model: ir.Model) -> tuple[ir.Model, list[ir.Node]]:
+    """Return the model without what was added, and the added nodes.
+
+    Raises:
+        OnnxcamError: an output of the original needs one of these.
+    """
+    ours = set(_OUTPUTS.values())
+    needed = set(ancestors([v for v in model.graph.outputs if v.name not in ours]))
+    explaining = set(ancestors([v for v in model.graph.outputs if v.name in ours]))
+    added = [n for n in model.graph if (n.name or "").startswith(_OURS) or n in explaining - needed]
+    for node in added:
+        if node in needed:
+            raise OnnxcamError(f"the added node {node.name!r} has influence on an output of the original")
+    names = {node.outputs[0].name for node in added}
+    original = model.clone()
+    graph = original.graph
+    del original.metadata_props[KEY]
+    graph.outputs[:] = [v for v in graph.outputs if v.name not in ours]
+    _remove([node for node in graph if node.outputs[0].name in names])
+    _close_branches(graph)
+    graph.inputs[:] = [v for v in graph.inputs if v.name not in _INPUTS]
+    for value in list(graph.initializers.values()):
+        if (value.name or "").startswith((_OURS, *_INPUTS)) and not value.uses():
+            del graph.initializers[value.name]  # type: ignore[arg-type]
+    return original, added
+
+
+def _remove(nodes: Sequence[ir.Node]) -> None:
+    """Remove nodes that are read by no others, and what is inside of them."""
+    for node in reversed(nodes):
+        for body in bodies(node):
+            body.outputs.clear()
+            _remove(list(body))
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+
+
+def _close_branches(graph: ir.Graph) -> None:
+    """Take off what branches were made to hand out."""
+    for node in [node for node in graph.all_nodes() if is_if(node)]:
+        kept = [value for value in node.outputs if not (value.name or "").startswith(_OURS)]
+        for branch in branches(node):
+            del branch.outputs[len(kept) :]
+            _remove([n for n in branch if (n.name or "").startswith(_OURS)])
+        node.resize_outputs(len(kept))
+
+
+def _checked(name: str, check: "Callable[[_Subject], Verdict]", subject: _Subject) -> Check:
+    try:
+        return Check(name, *check(subject))
+    except OnnxcamError as error:
+        return Check(name, False, _line(error))
+
+
+def _card(subject: _Subject) -> Verdict:
+    found = Card.from_metadata(subject.fresh.metadata_props)
+    assert found is not None
+    card = subject.card
+    for field in dataclasses.fields(Card):
+        says, is_so = getattr(card, field.name), getattr(found, field.name)
+        if says != is_so and field.name != "tool":
+            return False, f"it says of {field.name}: {says!r}; the graph says {is_so!r}"
+    return True, f"format {card.format}, written by {card.tool}; it fits the graph"
+
+
+def _graph(subject: _Subject) -> Verdict:
+    model, fresh = subject.model.graph, subject.fresh.graph
+    onnxfile.check(subject.model)
+    for what, given, wanted in (
+        ("inputs", model.inputs, fresh.inputs),
+        ("outputs", model.outputs, fresh.outputs),
+    ):
+        if _names(given) != _names(wanted):
+            return False, f"its {what} are {_listed(given)}; they should be {_listed(wanted)}"
+        for has, should in zip(given, wanted, strict=True):
+            if has.dtype != should.dtype or not _fits(has, should):
+                return False, f"{has.name!r} is {_typed(has)}; it should be {_typed(should)}"
+    ours = [v for v in model.inputs if v.name in _INPUTS], [v for v in model.outputs if _is_ours(v)]
+    return True, f"valid ONNX; {' in, '.join(map(_listed, ours))} out"
+
+
+def _operators(subject: _Subject) -> Verdict:
+    opset = subject.model.graph.opset_imports[""]
+    own = {(n.domain, n.op_type) for n in subject.original.graph.all_nodes()}
+    foreign = sorted({f"{domain}.{kind}" for domain, kind in own if domain})
+    if subject.model.functions:
+        return False, "it has functions of its own, which could stand for anything"
+    for node in subject.nodes:
+        standard = not node.domain and onnx.defs.has(node.op_type, max_inclusive_version=opset)
+        if not standard and (node.domain, node.op_type) not in own:
+            return False, f"the added node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}"
+    kinds = len({node.op_type for node in subject.nodes})
+    remark = f"; the original itself has {', '.join(foreign)}" if foreign else ""
+    return True, f"{len(list(subject.nodes))} nodes added, of {kinds} operators of ai.onnx{remark}"
+
+
+def _original(subject: _Subject) -> Verdict:
+    like = subject.plain or subject.original
+    what = str(subject.against) if subject.plain else "the file without what was added"
+    if subject.plain is not None:
+        different = _difference(subject.original, subject.plain)
+        if different:
+            return False, f"{different} is not that of {what}"
+    names = _names(like.graph.outputs)
+    if names != _names(v for v in subject.model.graph.outputs if not _is_ours(v)):
+        return False, f"the outputs of {what} are {', '.join(names)}"
+    feeds = _pictures(subject)
+    wanted = _run(like, names, feeds, what)
+    scores = wanted[names.index(subject.card.scores)]
+    required = [v for v in subject.model.graph.inputs if not v.is_initializer()]
+    found = _run(subject.model, names, {**feeds, **_asked(required, scores)}, subject.path)
+    off = _differences(names, found, wanted)
+    for name, array in zip(names, wanted, strict=True):
+        if not off[name] <= SAME * _coarseness(array):
+            return False, f"output {name!r} is {off[name]:.1e} off that of {what}"
+    equal = f"all nodes and {len(like.graph.initializers)} weights equal, " if subject.plain else ""
+    return True, f"{equal}outputs {_closeness(off)} those of {what}"
+
+
+def _difference(original: ir.Model, plain: ir.Model) -> str | None:
+    """Name the first weight or node of `plain` that `original` does not have likewise."""
+    for name, value in plain.graph.initializers.items():
+        found = original.graph.initializers.get(name)
+        has, should = (None if v is None else v.const_value for v in (found, value))
+        assert should is not None
+        if has is None or (has.dtype, has.shape) != (should.dtype, should.shape):
+            return f"weight {name!r}"
+        if has.tobytes() != should.tobytes():
+            return f"weight {name!r}"
+    written = [[_written(node) for node in model.graph] for model in (original, plain)]
+    for has_, should_, node in zip(*written, plain.graph, strict=False):
+        if has_ != should_:
+            return f"node {node.name!r}"
+    return None if len(written[0]) == len(written[1]) else "the number of nodes"
+
+
+def _written(node: ir.Node) -> bytes:
+    proto = ir.to_proto(node)
+    proto.ClearField("doc_string")
+    del proto.metadata_props[:]
+    return proto.SerializeToString(deterministic=True)
+
+
+def _maps(subject: _Subject) -> Verdict:
+    names = _names(v for v in subject.model.graph.outputs if _is_ours(v))
+    feeds = _pictures(subject)
+    (scores,) = _run(subject.original, [subject.card.scores], feeds, subject.path)
+    feeds.update(_asked(subject.model.graph.inputs, scores))
+    found, wanted = (_run(model, names, feeds, subject.path) for model in (subject.model, subject.fresh))
+    off = _differences(names, found, wanted)
+    for name, array in zip(names, wanted, strict=True):
+        if not off[name] <= ALIKE * _coarseness(array):
+            return False, f"{name} is {off[name]:.1e} off what this onnxcam makes of the model"
+    return True, f"{', '.join(names)} {_closeness(off)} what this onnxcam makes of the model"
+
+
+def _gradient(subject: _Subject) -> Verdict:
+    if not any("/gradient/" in (node.name or "") for node in subject.nodes):
+        return None, f"{subject.card.method} needs none"
+    parts = [_derivative(subject, name) for name in subject.card.layer.split(", ")]
+    judged = [passed for passed, _ in parts]
+    return False if False in judged else None if None in judged else True, "; ".join(t for _, t in parts)
+
+
+def _derivative(subject: _Subject, layer: str) -> Verdict:
+    """Compare the gradient at one layer with differences of the scores."""
+    card, request = subject.card, _request(subject.card)
+    if request["layer"] is not None:
+        request["layer"] = layer
+    model = subject.original.clone()
+    picture = layers.picture(model)
+    found = layers.scores(model, card.scores, any_shape=card.target == "seed")
+    if request["layer"] is None:
+        source, grid = picture, Grid(card.input.layout, *_sides(picture, card.input.layout))
+    else:
+        located = layers.locate(model, layer, picture, found.logits)
+        source, grid = located.value, located.grid
+    if rounds(found.logits, source):
+        return None, f"at {layer} not compared: scores of rounded numbers have no derivative"
+    rules = DIALECTS[request["compat"]].method(card.method).rules
+    if rules and any((n.domain, n.op_type) in VARIANTS[rules] for n in path(found.logits, source)):
+        return None, f"at {layer} not compared: that of {card.method} is none, by its definition"
+    tail = Tail(model, source, grid, found, card.score == "after")
+    backward = attach(subject.original, emit=("activations", "gradients"), **request)
+    values = {value.name: value for value in all_values(backward.graph)}
+    names = list(dict.fromkeys(["cam_activations", "cam_gradients", card.scores, *tail.reads]))
+    known = _names(backward.graph.outputs)
+    backward.graph.outputs.extend(values[name] for name in names if name not in known)
+    feeds = _pictures(subject)
+    (scores,) = _run(subject.original, [card.scores], feeds, subject.path)
+    asked = _asked(backward.graph.inputs, scores, by_rank=False)
+    session = start(backward, provider_named("cpu"))
+    given = dict(zip(names, run(session, names, {**feeds, **asked}, layer), strict=True))
+    x = feeds[card.input.name]
+    signs = np.random.default_rng(3).choice([-1, 1], x.shape).astype(x.dtype)
+    feeds[card.input.name] = x * (1 + 4 * np.finfo(x.dtype).eps * signs)
+    (nudged,) = run(session, ["cam_gradients"], {**feeds, **asked}, layer)
+    at = given["cam_activations"].astype(np.float64)
+    try:
+        explained, output = tail(at, {name: given[name] for name in tail.reads})
+        away = _off(output, given[card.scores])
+        if not away <= ALIKE * _coarseness(given[card.scores]):
+            return (
+                None,
+                f"at {layer} not compared: the scores of ONNX's reference evaluator are {away:.1e} off",
+            )
+        weights = _weights(card.target, asked, explained)
+        rng = np.random.default_rng(1)
+        directions = [rng.standard_normal(at.shape) for _ in range(_DIRECTIONS)]
+        wanted = slopes(tail, at, {name: given[name] for name in tail.reads}, weights, directions)
+    except OnnxcamError as error:
+        return None, f"at {layer} not compared: {error}"
+    shape = (*weights.shape[:2], *at.shape[1:])
+    g, moved = (array.astype(np.float64).reshape(shape) for array in (given["cam_gradients"], nudged))
+    has = np.stack([np.einsum("nkchw,nchw->nk", g, v) for v in directions], axis=-1)
+    norm = np.sqrt((g**2).sum((2, 3, 4)))
+    if not norm.any():
+        return None, f"at {layer} not compared: it is zero on all random pictures"
+    scale = np.where(norm > 0, norm, norm.max())
+    distances = np.sqrt((((has - wanted) / scale[..., None]) ** 2).mean((1, 2)))
+    owns = np.sqrt((((moved - g) ** 2).sum((2, 3, 4)) / scale**2).mean(1))
+    best = int(distances.argmin())
+    distance, own = float(distances[best]), float(owns[best])
+    near = NEAR * _coarseness(given["cam_gradients"])
+    text = f"at {layer} {distance:.1e} from differences of the scores"
+    if 4 * own > near:
+        text += f" (the last bits of the picture alone move it by {own:.1e})"
+    return (None if distance > near and own > JUMPY else distance <= max(near, 4 * own)), text
+
+
+def _weights(target: str | None, asked: Mapping[str, Array], scores: Array) -> Array:
+    """Return the weight [N,K,...] of each of the scores [N,...] in the K sums that are explained."""
+    if target == "seed":
+        return asked[SEED][:, None]
+    n, m = scores.shape[:2]
+    mask = asked.get(MASK, np.ones((1, 1, 1)))
+    totals = (scores.reshape(n, m, *scores.shape[2:] or (1, 1)) * mask[:, None]).sum((2, 3))
+    one_hot, classes = np.eye(m), asked[CLASS]
+    weights = one_hot[classes]
+    if target == "contrast":
+        weights = weights - one_hot[asked[AGAINST]]
+    elif target == "rivals":
+        own = np.take_along_axis(totals, classes, 1)[..., None]
+        distance = np.where(weights > 0, np.inf, np.abs(totals[:, None] - own))
+        weights = weights - one_hot[np.argsort(distance)[..., : min(RIVALS, m - 1)]].mean(2)
+    return weights[..., None, None] * mask[:, None, None]
+
+
+def _size(subject: _Subject) -> Verdict:
+    size, rest = _bytes(subject.path, subject.model), ""
+    if subject.against is not None and subject.plain is not None:
+        rest = f", {size - _bytes(subject.against, subject.plain):+,} on the original"
+    return None, f"{size:,} bytes{rest}; {len(subject.added)} of {len(subject.model.graph)} nodes added"
+
+
+_CHECKS: "dict[str, Callable[[_Subject], Verdict]]" = {
+    "card": _card,
+    "graph": _graph,
+    "operators": _operators,
+    "original": _original,
+    "maps": _maps,
+    "gradient": _gradient,
+    "size": _size,
+}
+
+
+def _pictures(subject: _Subject) -> dict[str, Array]:
+    """Random input for the original: noise, prepared as the card says where that is known."""
+    rng = np.random.default_rng(0)
+    given = [v for v in subject.original.graph.inputs if not v.is_initializer()]
+    batch = next(
+        d if isinstance(d := dims(v)[0], int) else _PICTURES
+        for v in given
+        if v.name == subject.card.input.name
+    )
+    facts, feeds = subject.card.input, {}
+    for value in given:
+        assert value.dtype is not None
+        if value.name != facts.name:
+            shape = [size if isinstance(size, int) else 1 for size in dims(value)]
+            feeds[value.name or ""] = np.zeros(shape, value.dtype.numpy())
+            continue
+        rows = 2 if facts.layout == "NCHW" else 1
+        sizes = dict(enumerate(dims(value)[1:], 1))
+        height, width = (
+            s if isinstance(s, int) else w or _SIZE
+            for s, w in zip((sizes[rows], sizes[rows + 1]), (facts.height, facts.width), strict=True)
+        )
+        channels = sizes[1 if facts.layout == "NCHW" else 3]
+        channels = channels if isinstance(channels, int) else facts.channels
+        if facts.scale is not None and facts.mean is not None and facts.std is not None:
+            x = (
+                rng.integers(0, 256, (batch, height, width, channels)) * facts.scale - facts.mean
+            ) / facts.std
+        else:
+            x = rng.standard_normal((batch, height, width, channels))
+        x = x if facts.layout == "NHWC" else x.transpose(0, 3, 1, 2)
+        feeds[facts.name] = np.ascontiguousarray(x, value.dtype.numpy())
+    return feeds
+
+
+def _asked(inputs: Iterable[Value], scores: Array, by_rank: bool = True) -> dict[str, Array]:
+    """What is asked of an explained model, for those of its inputs that ask."""
+    rng = np.random.default_rng(2)
+    n, m = len(scores), scores.shape[1] if scores.ndim > 1 else 1
+    best = scores.reshape(n, m, -1).mean(2).argmax(1)
+    if by_rank:
+        classes, against = np.array([[-1, rng.integers(m), m]] * n), np.full((n, 1), -2)
+    else:
+        others = (best[:, None] + 1 + rng.integers(max(m - 1, 1), size=(n, 2))) % m
+        classes, against = np.column_stack([best, others[:, 0]]), others[:, 1:]
+    given = {
+        CLASS: classes.astype(np.int64),
+        AGAINST: against.astype(np.int64),
+        MASK: rng.uniform(size=(n, *scores.shape[2:])).astype(scores.dtype),
+        SEED: rng.standard_normal(scores.shape).astype(scores.dtype),
+    }
+    return {v.name: given[v.name] for v in inputs if v.name in given}
+
+
+def _run(model: ir.Model, names: Sequence[str], feeds: Mapping[str, Array], what: object) -> list[Array]:
+    return run(start(model, provider_named("cpu")), names, feeds, what)
+
+
+def _differences(names: Sequence[str], found: Sequence[Array], wanted: Sequence[Array]) -> dict[str, float]:
+    return {name: _off(a, b) for name, a, b in zip(names, found, wanted, strict=True)}
+
+
+def _off(found: Array, wanted: Array) -> float:
+    """Largest difference over the largest value; infinite where the shapes or what is not finite differ."""
+    if found.shape != wanted.shape or found.dtype.kind != wanted.dtype.kind:
+        return math.inf
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    finite = np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf
+    difference = np.abs(a[finite] - b[finite]).max(initial=0.0)
+    return float(difference / (np.abs(b[finite]).max(initial=0.0) or 1.0))
+
+
+def _closeness(off: Mapping[str, float]) -> str:
+    worst = max(off.values(), default=0.0)
+    return f"within {worst:.1e} of" if worst else "identical to"
+
+
+def _coarseness(array: Array) -> float:
+    """How much coarser the numbers are than float32."""
+    if array.dtype.kind != "f":
+        return 1.0
+    return max(float(np.finfo(array.dtype).eps / np.finfo(np.float32).eps), 1.0)
+
+
+def _bytes(path: Path, model: ir.Model) -> int:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return path.stat().st_size + sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
+
+
+def _sides(picture: Value, layout: str) -> list[Any]:
+    rows = 2 if layout == "NCHW" else 1
+    return dims(picture)[rows : rows + 2]
+
+
+def _is_ours(value: Value) -> bool:
+    return value.name in _OUTPUTS.values()
+
+
+def _names(values: Iterable[Value]) -> list[str]:
+    return [value.name or "" for value in values]
+
+
+def _listed(values: Iterable[Value]) -> str:
+    return ", ".join(_names(values)) or "nothing"
+
+
+def _typed(value: Value) -> str:
+    shape = "?" if value.shape is None else ",".join("?" if d is None else str(d) for d in dims(value))
+    return f"{value.dtype.name.lower() if value.dtype else 'of no type'} [{shape}]"
+
+
+def _fits(has: Value, should: Value) -> bool:
+    """Whether the shapes of two values do not contradict each other."""
+    if has.shape is None or should.shape is None:
+        return has.shape is None and should.shape is None
+    pairs = list(zip(dims(has), dims(should), strict=False))
+    known = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+    return len(dims(has)) == len(dims(should)) and known
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
