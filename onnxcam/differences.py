@@ -68,19 +68,20 @@ class Tail:
         model.graph.inputs.append(planes)
         moved = grid.restore(op, planes, layer)
         output, logits = replay(op, [found.output, found.logits], {layer: moved})
-        if found.logits is found.output or (after and found.are == "probabilities"):
-            explained = output
-        else:
-            before = found.regrouping[0].inputs[0] if found.regrouping else found.output
-            assert before is not None
-            (explained,) = replay(op, [found.output], {before: logits})
+        explained = output if after and found.are == "probabilities" else _before(op, found, logits)
         if after and found.are == "logits":
             explained = op.Softmax(explained, axis=1)
         results = list(dict.fromkeys([explained, output]))
         own = set(op.nodes)
-        needed = [v for node in ancestors(results) if node in own for v in reads(node)]
-        outside = [v for v in dict.fromkeys(needed) if v.producer() not in own and v is not planes]
-        outside = [v for v in outside if not v.is_initializer() and v.graph is model.graph]
+        read = dict.fromkeys(v for node in ancestors(results) if node in own for v in reads(node))
+        outside = [
+            v
+            for v in read
+            if v.producer() not in own
+            and v is not planes
+            and v.graph is model.graph
+            and not v.is_initializer()
+        ]
         graph = ir.convenience.extract(model.graph, [planes, *outside], results)
         _double(graph)
         proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
@@ -93,7 +94,7 @@ class Tail:
 
         Args:
             planes: the activation [N,C,h,w].
-            given: the values that it reads.
+            given: the values that it reads, by name, and maybe others.
 
         Returns:
             The scores that are explained, [N,...], and the model's output.
@@ -101,7 +102,7 @@ class Tail:
         Raises:
             OnnxcamError: the reference evaluator cannot.
         """
-        feeds: Any = {name: _wide(array) for name, array in given.items()}
+        feeds: Any = {name: _wide(given[name]) for name in self.reads}
         feeds[self._planes] = planes
         try:
             results: Any = self._run(None, feeds)
@@ -111,6 +112,40 @@ class Tail:
                 f"ONNX's reference evaluator cannot run the layers behind it: {line}"
             ) from error
         return results[0], results[-1]
+
+
+def _before(op: Emitter, found: Scores, logits: Value) -> Value:
+    """Return scores before the softmax, in the shape of those behind it."""
+    if found.logits is found.output:
+        return logits
+    softmax = found.regrouping[0].inputs[0] if found.regrouping else found.output
+    assert softmax is not None
+    return replay(op, [found.output], {softmax: logits})[0]
+
+
+def off_kinks(model: ir.Model, layer: str, values: NDArray[Any]) -> str:
+    """Add a little noise to an activation of a model; return the name of what is then read in its place.
+
+    Values that are equal, such as the zeros that a ReLU leaves, are where a maximum has its kink.
+
+    Args:
+        model: changed in place.
+        layer: name of the activation.
+        values: what it may be, [N,...].
+    """
+    op = Emitter(model.graph, model.graph.opset_imports[""], "off_kinks")
+    value = next(v for node in model.graph for v in node.outputs if v.name == layer)
+    noise = np.random.default_rng(4).uniform(-1, 1, [1, *values.shape[1:]])
+    size = 1e-3 * np.sqrt(np.mean(values.astype(np.float64) ** 2))
+    moved: Value = op.Add(value, (size * noise).astype(values.dtype))
+    node, producer = moved.producer(), value.producer()
+    assert node is not None and producer is not None
+    value.replace_all_uses_with(moved)
+    node.replace_input_with(0, value)
+    model.graph.remove(node)
+    model.graph.insert_after(producer, node)
+    moved.shape = value.shape
+    return moved.name or ""
 
 
 def slopes(

@@ -5,6 +5,7 @@ compared; and the gradient it is explained with is compared with differences of 
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +21,9 @@ from onnx_ir import Value
 from onnxcam import layers, onnxfile
 from onnxcam.attaching import PREFIX, attach, prepared
 from onnxcam.backward import ancestors, path
-from onnxcam.card import EMITS, KEY, Card
+from onnxcam.card import EMITS, KEY, Card, Preprocess
 from onnxcam.dialects import DIALECTS
-from onnxcam.differences import Tail, rounds, slopes
+from onnxcam.differences import Doubles, Tail, off_kinks, rounds, slopes
 from onnxcam.emit import all_values
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
@@ -35,18 +36,19 @@ from onnxcam.vjp.shapes import dims
 SAME = 1e-5
 """Largest difference, over the largest value, at which outputs count as the original's.
 
-``benchmarks/original_outputs.py`` finds up to 6e-7.
+``benchmarks/original_outputs.py`` finds up to 6e-7. This and the others are at least 20 times the last bit of
+half precision, where that is what the numbers are.
 """
 
 ALIKE = 1e-4
 """The same for maps. One onnxcam and one onnxruntime give the same bits; others may sum otherwise."""
 
 NEAR = 1e-4
-"""Largest relative distance of a float32 gradient from the differences, on the better of the pictures.
+"""Largest relative distance of a gradient from the differences, on the better of the pictures.
 
 It is about 1e-6 (3e-5 behind a hundred layers) where every ReLU is on the same side of its kink in float32
-and in float64. Where that is so for no picture, as at the pictures of a DenseNet, four times what the gradient
-moves by when the last bits of the picture change is allowed.
+and in float64. Where that is so for no picture, as often at the picture of a DenseNet, four times what the
+gradient moves by when the last bits of the picture change is allowed.
 """
 
 JUMPY = 0.02
@@ -126,8 +128,8 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
         against: the model that it was made from.
 
     Raises:
-        OnnxcamError: a file cannot be read, `path` is not explained or `against` is, or there is no
-            onnxruntime.
+        OnnxcamError: a file cannot be read, `path` is not explained or `against` is, or onnxruntime is
+            missing or cannot run the original.
     """
     model = onnxfile.load(path)
     if KEY not in model.metadata_props:
@@ -138,6 +140,10 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
         subject = _Subject.of(path, model, against, plain)
     except OnnxcamError as error:
         return Report(os.fspath(path), "not as onnxcam makes it", (Check("card", False, _line(error)),))
+    if not np.isfinite(subject.scores).all():
+        raise OnnxcamError(
+            f"{path} gives random pictures scores that are not finite; nothing can be compared"
+        )
     checks = tuple(_checked(name, check, subject) for name, check in _CHECKS.items())
     return Report(os.fspath(path), subject.card.title, checks)
 
@@ -196,6 +202,16 @@ class _Subject:
         )
         against = None if against is None else Path(against)
         return cls(Path(path), model, card, original, added, fresh, against, plain)
+
+    @functools.cached_property
+    def pictures(self) -> dict[str, Array]:
+        """Random input for the original: noise, prepared as the card says where that is known."""
+        return _pictures(self.original, self.card.input)
+
+    @functools.cached_property
+    def scores(self) -> Array:
+        """The class scores of these pictures."""
+        return _run(self.original, [self.card.scores], self.pictures, self.path)[0]
 
     @property
     def nodes(self) -> Iterator[ir.Node]:
@@ -324,14 +340,13 @@ def _original(subject: _Subject) -> Verdict:
     names = _names(like.graph.outputs)
     if names != _names(v for v in subject.model.graph.outputs if not _is_ours(v)):
         return False, f"the outputs of {what} are {', '.join(names)}"
-    feeds = _pictures(subject)
+    feeds = subject.pictures
     wanted = _run(like, names, feeds, what)
-    scores = wanted[names.index(subject.card.scores)]
     required = [v for v in subject.model.graph.inputs if not v.is_initializer()]
-    found = _run(subject.model, names, {**feeds, **_asked(required, scores)}, subject.path)
+    found = _run(subject.model, names, {**feeds, **_asked(required, subject.scores)}, subject.path)
     off = _differences(names, found, wanted)
     for name, array in zip(names, wanted, strict=True):
-        if not off[name] <= SAME * _coarseness(array):
+        if not off[name] <= _allowed(SAME, array):
             return False, f"output {name!r} is {off[name]:.1e} off that of {what}"
     equal = f"all nodes and {len(like.graph.initializers)} weights equal, " if subject.plain else ""
     return True, f"{equal}outputs {_closeness(off)} those of {what}"
@@ -363,20 +378,18 @@ def _written(node: ir.Node) -> bytes:
 
 def _maps(subject: _Subject) -> Verdict:
     names = _names(v for v in subject.model.graph.outputs if _is_ours(v))
-    feeds = _pictures(subject)
-    (scores,) = _run(subject.original, [subject.card.scores], feeds, subject.path)
-    feeds.update(_asked(subject.model.graph.inputs, scores))
+    feeds = {**subject.pictures, **_asked(subject.model.graph.inputs, subject.scores)}
     found, wanted = (_run(model, names, feeds, subject.path) for model in (subject.model, subject.fresh))
     off = _differences(names, found, wanted)
     for name, array in zip(names, wanted, strict=True):
-        if not off[name] <= ALIKE * _coarseness(array):
+        if not off[name] <= _allowed(ALIKE, array):
             return False, f"{name} is {off[name]:.1e} off what this onnxcam makes of the model"
     return True, f"{', '.join(names)} {_closeness(off)} what this onnxcam makes of the model"
 
 
 def _gradient(subject: _Subject) -> Verdict:
     if not any("/gradient/" in (node.name or "") for node in subject.nodes):
-        return None, f"{subject.card.method} needs none"
+        return None, f"{subject.card.method} has none"
     parts = [_derivative(subject, name) for name in subject.card.layer.split(", ")]
     judged = [passed for passed, _ in parts]
     return False if False in judged else None if None in judged else True, "; ".join(t for _, t in parts)
@@ -384,68 +397,81 @@ def _gradient(subject: _Subject) -> Verdict:
 
 def _derivative(subject: _Subject, layer: str) -> Verdict:
     """Compare the gradient at one layer with differences of the scores."""
-    card, request = subject.card, _request(subject.card)
-    if request["layer"] is not None:
-        request["layer"] = layer
+    request = _request(subject.card)
     model = subject.original.clone()
-    picture = layers.picture(model)
-    found = layers.scores(model, card.scores, any_shape=card.target == "seed")
-    if request["layer"] is None:
-        source, grid = picture, Grid(card.input.layout, *_sides(picture, card.input.layout))
-    else:
-        located = layers.locate(model, layer, picture, found.logits)
-        source, grid = located.value, located.grid
-    if rounds(found.logits, source):
-        return None, f"at {layer} not compared: scores of rounded numbers have no derivative"
-    rules = DIALECTS[request["compat"]].method(card.method).rules
-    if rules and any((n.domain, n.op_type) in VARIANTS[rules] for n in path(found.logits, source)):
-        return None, f"at {layer} not compared: that of {card.method} is none, by its definition"
-    tail = Tail(model, source, grid, found, card.score == "after")
-    backward = attach(subject.original, emit=("activations", "gradients"), **request)
-    values = {value.name: value for value in all_values(backward.graph)}
-    names = list(dict.fromkeys(["cam_activations", "cam_gradients", card.scores, *tail.reads]))
-    known = _names(backward.graph.outputs)
-    backward.graph.outputs.extend(values[name] for name in names if name not in known)
-    feeds = _pictures(subject)
-    (scores,) = _run(subject.original, [card.scores], feeds, subject.path)
-    asked = _asked(backward.graph.inputs, scores, by_rank=False)
-    session = start(backward, provider_named("cpu"))
-    given = dict(zip(names, run(session, names, {**feeds, **asked}, layer), strict=True))
-    x = feeds[card.input.name]
-    signs = np.random.default_rng(3).choice([-1, 1], x.shape).astype(x.dtype)
-    feeds[card.input.name] = x * (1 + 4 * np.finfo(x.dtype).eps * signs)
-    (nudged,) = run(session, ["cam_gradients"], {**feeds, **asked}, layer)
+    if request["layer"] is not None:
+        values = _run(_with_outputs(model.clone(), [layer]), [layer], subject.pictures, layer)
+        request["layer"] = off_kinks(model, layer, values[0])
+    found, source, grid = _place(model, subject.card, request["layer"])
+    reason = _why_no_derivative(subject.card, found.logits, source)
+    if reason is not None:
+        return None, f"at {layer} not compared: {reason}"
+    backward = attach(model, emit=("activations", "gradients"), **request)
+    tail = Tail(model, source, grid, found, subject.card.score == "after")
+    asked = _asked(backward.graph.inputs, subject.scores, by_rank=False)
+    names = list(dict.fromkeys(["cam_activations", "cam_gradients", subject.card.scores, *tail.reads]))
+    session = start(_with_outputs(backward, names), provider_named("cpu"))
+    feeds = {**subject.pictures, **asked}
+    given = dict(zip(names, run(session, names, feeds, layer), strict=True))
+    feeds[subject.card.input.name] = _nudged(feeds[subject.card.input.name])
+    (nudged,) = run(session, ["cam_gradients"], feeds, layer)
     at = given["cam_activations"].astype(np.float64)
+    rng = np.random.default_rng(1)
+    directions = [rng.standard_normal(at.shape) for _ in range(_DIRECTIONS)]
     try:
-        explained, output = tail(at, {name: given[name] for name in tail.reads})
-        away = _off(output, given[card.scores])
-        if not away <= ALIKE * _coarseness(given[card.scores]):
-            return (
-                None,
-                f"at {layer} not compared: the scores of ONNX's reference evaluator are {away:.1e} off",
-            )
-        weights = _weights(card.target, asked, explained)
-        rng = np.random.default_rng(1)
-        directions = [rng.standard_normal(at.shape) for _ in range(_DIRECTIONS)]
-        wanted = slopes(tail, at, {name: given[name] for name in tail.reads}, weights, directions)
+        explained, output = tail(at, given)
+        off = _off(output, given[subject.card.scores].astype(np.float64))
+        if not off <= _allowed(ALIKE, given[subject.card.scores]):
+            return None, f"at {layer} not compared: ONNX's reference evaluator gives scores {off:.1e} off"
+        weights = _weights(subject.card.target, asked, explained)
+        wanted = slopes(tail, at, given, weights, directions)
     except OnnxcamError as error:
         return None, f"at {layer} not compared: {error}"
     shape = (*weights.shape[:2], *at.shape[1:])
     g, moved = (array.astype(np.float64).reshape(shape) for array in (given["cam_gradients"], nudged))
+    if not g.any() and not wanted.any():
+        return None, f"at {layer} not compared: it is zero on all random pictures"
+    passed, text = _judged(g, moved, directions, wanted, _allowed(NEAR, given["cam_gradients"]))
+    return passed, f"at {layer} {text}"
+
+
+def _place(model: ir.Model, card: Card, layer: str | None) -> tuple[layers.Scores, Value, Grid]:
+    """Return the scores and the activation that are meant, and how the plane lies in the latter."""
+    picture = layers.picture(model)
+    found = layers.scores(model, card.scores, any_shape=card.target == "seed")
+    if layer is None:
+        rows = 2 if card.input.layout == "NCHW" else 1
+        height, width = dims(picture)[rows : rows + 2]
+        return found, picture, Grid(card.input.layout, height, width)
+    located = layers.locate(model, layer, picture, found.logits)
+    return found, located.value, located.grid
+
+
+def _why_no_derivative(card: Card, logits: Value, source: Value) -> str | None:
+    """Say why what the method goes by is not the derivative of the scores."""
+    if rounds(logits, source):
+        return "what is rounded in between has no derivative"
+    rules = DIALECTS[card.compat or "paper"].method(card.method).rules
+    if rules and any((node.domain, node.op_type) in VARIANTS[rules] for node in path(logits, source)):
+        return f"{card.method} goes by another rule than the derivative's"
+    return None
+
+
+def _judged(
+    g: Doubles, moved: Doubles, directions: Sequence[Doubles], wanted: Doubles, near: float
+) -> Verdict:
+    """Judge gradients [N,K,C,h,w] by derivatives [N,K,D] in D directions; `moved` are those of nudged pictures."""
     has = np.stack([np.einsum("nkchw,nchw->nk", g, v) for v in directions], axis=-1)
     norm = np.sqrt((g**2).sum((2, 3, 4)))
-    if not norm.any():
-        return None, f"at {layer} not compared: it is zero on all random pictures"
-    scale = np.where(norm > 0, norm, norm.max())
+    scale = np.where(norm > 0, norm, norm.max() or 1.0)
     distances = np.sqrt((((has - wanted) / scale[..., None]) ** 2).mean((1, 2)))
-    owns = np.sqrt((((moved - g) ** 2).sum((2, 3, 4)) / scale**2).mean(1))
-    best = int(distances.argmin())
-    distance, own = float(distances[best]), float(owns[best])
-    near = NEAR * _coarseness(given["cam_gradients"])
-    text = f"at {layer} {distance:.1e} from differences of the scores"
-    if 4 * own > near:
-        text += f" (the last bits of the picture alone move it by {own:.1e})"
-    return (None if distance > near and own > JUMPY else distance <= max(near, 4 * own)), text
+    own = np.sqrt((((moved - g) ** 2).sum((2, 3, 4)) / scale**2).mean(1))
+    best = int(np.nan_to_num(distances, nan=np.inf).argmin())
+    text = f"{distances[best]:.1e} from differences of the scores"
+    if distances[best] <= near:
+        return True, text
+    text += f"; it moves by {own[best]:.1e} when the last bits of the picture change"
+    return None if own[best] > JUMPY else bool(distances[best] <= 4 * own[best]), text
 
 
 def _weights(target: str | None, asked: Mapping[str, Array], scores: Array) -> Array:
@@ -484,39 +510,37 @@ _CHECKS: "dict[str, Callable[[_Subject], Verdict]]" = {
 }
 
 
-def _pictures(subject: _Subject) -> dict[str, Array]:
-    """Random input for the original: noise, prepared as the card says where that is known."""
-    rng = np.random.default_rng(0)
-    given = [v for v in subject.original.graph.inputs if not v.is_initializer()]
-    batch = next(
-        d if isinstance(d := dims(v)[0], int) else _PICTURES
-        for v in given
-        if v.name == subject.card.input.name
-    )
-    facts, feeds = subject.card.input, {}
-    for value in given:
+def _pictures(model: ir.Model, facts: Preprocess) -> dict[str, Array]:
+    feeds = {}
+    for value in (v for v in model.graph.inputs if not v.is_initializer()):
         assert value.dtype is not None
-        if value.name != facts.name:
-            shape = [size if isinstance(size, int) else 1 for size in dims(value)]
-            feeds[value.name or ""] = np.zeros(shape, value.dtype.numpy())
-            continue
-        rows = 2 if facts.layout == "NCHW" else 1
-        sizes = dict(enumerate(dims(value)[1:], 1))
-        height, width = (
-            s if isinstance(s, int) else w or _SIZE
-            for s, w in zip((sizes[rows], sizes[rows + 1]), (facts.height, facts.width), strict=True)
-        )
-        channels = sizes[1 if facts.layout == "NCHW" else 3]
-        channels = channels if isinstance(channels, int) else facts.channels
-        if facts.scale is not None and facts.mean is not None and facts.std is not None:
-            x = (
-                rng.integers(0, 256, (batch, height, width, channels)) * facts.scale - facts.mean
-            ) / facts.std
+        dtype = value.dtype.numpy()
+        if value.name == facts.name:
+            feeds[facts.name] = _noise(dims(value), facts).astype(dtype)
         else:
-            x = rng.standard_normal((batch, height, width, channels))
-        x = x if facts.layout == "NHWC" else x.transpose(0, 3, 1, 2)
-        feeds[facts.name] = np.ascontiguousarray(x, value.dtype.numpy())
+            feeds[value.name or ""] = np.zeros([d if isinstance(d, int) else 1 for d in dims(value)], dtype)
     return feeds
+
+
+def _noise(shape: Sequence[Any], facts: Preprocess) -> Array:
+    rng = np.random.default_rng(0)
+    channels_last = facts.layout == "NHWC"
+    n, c, h, w = (
+        shape[i] if isinstance(shape[i], int) else None for i in ((0, 3, 1, 2) if channels_last else range(4))
+    )
+    sizes = (n or _PICTURES, h or facts.height or _SIZE, w or facts.width or _SIZE, c or facts.channels)
+    if facts.scale is not None and facts.mean is not None and facts.std is not None:
+        x = (rng.integers(0, 256, sizes) * facts.scale - facts.mean) / facts.std
+    else:
+        x = rng.standard_normal(sizes)
+    return x if channels_last else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+def _nudged(x: Array) -> Array:
+    """Change the last bits."""
+    signs = np.random.default_rng(3).choice([-1, 1], x.shape).astype(x.dtype)
+    nudged: Array = x * (1 + 4 * np.finfo(x.dtype).eps * signs)
+    return nudged.astype(x.dtype)
 
 
 def _asked(inputs: Iterable[Value], scores: Array, by_rank: bool = True) -> dict[str, Array]:
@@ -563,21 +587,21 @@ def _closeness(off: Mapping[str, float]) -> str:
     return f"within {worst:.1e} of" if worst else "identical to"
 
 
-def _coarseness(array: Array) -> float:
-    """How much coarser the numbers are than float32."""
-    if array.dtype.kind != "f":
-        return 1.0
-    return max(float(np.finfo(array.dtype).eps / np.finfo(np.float32).eps), 1.0)
+def _allowed(tolerance: float, array: Array) -> float:
+    return max(tolerance, 20 * float(np.finfo(array.dtype).eps)) if array.dtype.kind == "f" else tolerance
+
+
+def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Make values of a model its outputs, behind those that it has."""
+    values = {value.name: value for value in all_values(model.graph)}
+    known = _names(model.graph.outputs)
+    model.graph.outputs.extend(values[name] for name in names if name not in known)
+    return model
 
 
 def _bytes(path: Path, model: ir.Model) -> int:
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return path.stat().st_size + sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
-
-
-def _sides(picture: Value, layout: str) -> list[Any]:
-    rows = 2 if layout == "NCHW" else 1
-    return dims(picture)[rows : rows + 2]
 
 
 def _is_ours(value: Value) -> bool:
