@@ -62,6 +62,9 @@ class Tail:
             grid: how its plane lies in it.
             found: the scores that depend on it.
             after: whether the scores after the softmax are explained.
+
+        Raises:
+            OnnxcamError: the reference evaluator does not know an operator.
         """
         op = Emitter(model.graph, model.graph.opset_imports[""], "tail")
         planes = Value(name=op.fresh("planes"), type=layer.type)
@@ -87,7 +90,10 @@ class Tail:
         proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
         self.reads = tuple(v.name or "" for v in outside)
         self._planes = planes.name or ""
-        self._run = ReferenceEvaluator(proto, new_ops=[Erf, Gelu]).run
+        try:
+            self._run = ReferenceEvaluator(proto, new_ops=[Erf, Gelu]).run
+        except NotImplementedError as error:  # an operator that it does not know
+            raise _not_run(error) from error
 
     def __call__(self, planes: Doubles, given: Mapping[str, NDArray[Any]]) -> tuple[Doubles, Doubles]:
         """Run it.
@@ -107,10 +113,7 @@ class Tail:
         try:
             results: Any = self._run(None, feeds)
         except Exception as error:  # it passes on whatever its operators meet
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise OnnxcamError(
-                f"ONNX's reference evaluator cannot run the layers behind it: {line}"
-            ) from error
+            raise _not_run(error) from error
         return results[0], results[-1]
 
 
@@ -182,6 +185,11 @@ def rounds(output: Value, source: Value) -> bool:
         "Quantize" in node.op_type or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
         for node in path(output, source)
     )
+
+
+def _not_run(error: Exception) -> OnnxcamError:
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return OnnxcamError(f"ONNX's reference evaluator cannot run what lies behind it: {line}")
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:

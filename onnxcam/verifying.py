@@ -89,7 +89,7 @@ class Report:
     Attributes:
         model: the file.
         title: what it explains, as far as the card says.
-        checks: in order. If the first one fails the others may be missing.
+        checks: in order. If the card is wrong it is the only one.
     """
 
     model: str
@@ -138,14 +138,17 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
     plain = None if against is None else prepared(against)
     try:
         subject = _Subject.of(path, model, against, plain)
+        card = Check("card", *_card(subject))
     except OnnxcamError as error:
         return Report(os.fspath(path), "not as onnxcam makes it", (Check("card", False, _line(error)),))
+    if not card.passed:
+        return Report(os.fspath(path), subject.card.title, (card,))
     if not np.isfinite(subject.scores).all():
         raise OnnxcamError(
             f"{path} gives random pictures scores that are not finite; nothing can be compared"
         )
-    checks = tuple(_checked(name, check, subject) for name, check in _CHECKS.items())
-    return Report(os.fspath(path), subject.card.title, checks)
+    checks = (_checked(name, check, subject) for name, check in _CHECKS.items())
+    return Report(os.fspath(path), subject.card.title, (card, *checks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +314,8 @@ def _graph(subject: _Subject) -> Verdict:
         for has, should in zip(given, wanted, strict=True):
             if has.dtype != should.dtype or not _fits(has, should):
                 return False, f"{has.name!r} is {_typed(has)}; it should be {_typed(should)}"
+            if not _same_tensor(has.const_value, should.const_value):
+                return False, f"the default of {has.name!r} is not the documented one"
     ours = [v for v in model.inputs if v.name in _INPUTS], [v for v in model.outputs if _is_ours(v)]
     return True, f"valid ONNX; {' in, '.join(map(_listed, ours))} out"
 
@@ -347,33 +352,46 @@ def _original(subject: _Subject) -> Verdict:
     off = _differences(names, found, wanted)
     for name, array in zip(names, wanted, strict=True):
         if not off[name] <= _allowed(SAME, array):
-            return False, f"output {name!r} is {off[name]:.1e} off that of {what}"
+            return False, f"output {name!r} {_away(off[name])} that of {what}"
     equal = f"all nodes and {len(like.graph.initializers)} weights equal, " if subject.plain else ""
     return True, f"{equal}outputs {_closeness(off)} those of {what}"
 
 
-def _difference(original: ir.Model, plain: ir.Model) -> str | None:
-    """Name the first weight or node of `plain` that `original` does not have likewise."""
-    for name, value in plain.graph.initializers.items():
-        found = original.graph.initializers.get(name)
-        has, should = (None if v is None else v.const_value for v in (found, value))
-        assert should is not None
-        if has is None or (has.dtype, has.shape) != (should.dtype, should.shape):
+def _difference(model: ir.Model, like: ir.Model) -> str | None:
+    """Name the first weight or node of `like` that `model` does not have likewise."""
+    for name, value in like.graph.initializers.items():
+        found = model.graph.initializers.get(name)
+        if found is None or not _same_tensor(found.const_value, value.const_value):
             return f"weight {name!r}"
-        if has.tobytes() != should.tobytes():
-            return f"weight {name!r}"
-    written = [[_written(node) for node in model.graph] for model in (original, plain)]
-    for has_, should_, node in zip(*written, plain.graph, strict=False):
-        if has_ != should_:
-            return f"node {node.name!r}"
-    return None if len(written[0]) == len(written[1]) else "the number of nodes"
+    if len(model.graph) != len(like.graph):
+        return "the number of nodes"
+    for has, should in zip(model.graph, like.graph, strict=True):
+        if _written(has) != _written(should):
+            return f"node {should.name!r}"
+    return None
+
+
+def _same_tensor(a: "ir.TensorProtocol | None", b: "ir.TensorProtocol | None") -> bool:
+    if a is None or b is None:
+        return a is b
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
 
 
 def _written(node: ir.Node) -> bytes:
+    """Write a node without what is only noted on it."""
     proto = ir.to_proto(node)
-    proto.ClearField("doc_string")
-    del proto.metadata_props[:]
+    _strip(proto)
     return proto.SerializeToString(deterministic=True)
+
+
+def _strip(node: onnx.NodeProto) -> None:
+    node.ClearField("doc_string")
+    node.ClearField("metadata_props")
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            attribute.g.ClearField("value_info")
+            for inner in attribute.g.node:
+                _strip(inner)
 
 
 def _maps(subject: _Subject) -> Verdict:
@@ -383,8 +401,9 @@ def _maps(subject: _Subject) -> Verdict:
     off = _differences(names, found, wanted)
     for name, array in zip(names, wanted, strict=True):
         if not off[name] <= _allowed(ALIKE, array):
-            return False, f"{name} is {off[name]:.1e} off what this onnxcam makes of the model"
-    return True, f"{', '.join(names)} {_closeness(off)} what this onnxcam makes of the model"
+            return False, f"{name} {_away(off[name])} what this onnxcam makes of the model"
+    how = "by other nodes" if _difference(subject.model, subject.fresh) else "node for node"
+    return True, f"{', '.join(names)} {_closeness(off)} what this onnxcam makes of the model, {how}"
 
 
 def _gradient(subject: _Subject) -> Verdict:
@@ -407,7 +426,10 @@ def _derivative(subject: _Subject, layer: str) -> Verdict:
     if reason is not None:
         return None, f"at {layer} not compared: {reason}"
     backward = attach(model, emit=("activations", "gradients"), **request)
-    tail = Tail(model, source, grid, found, subject.card.score == "after")
+    try:
+        tail = Tail(model, source, grid, found, subject.card.score == "after")
+    except OnnxcamError as error:
+        return None, f"at {layer} not compared: {error}"
     asked = _asked(backward.graph.inputs, subject.scores, by_rank=False)
     names = list(dict.fromkeys(["cam_activations", "cam_gradients", subject.card.scores, *tail.reads]))
     session = start(_with_outputs(backward, names), provider_named("cpu"))
@@ -460,7 +482,7 @@ def _why_no_derivative(card: Card, logits: Value, source: Value) -> str | None:
 def _judged(
     g: Doubles, moved: Doubles, directions: Sequence[Doubles], wanted: Doubles, near: float
 ) -> Verdict:
-    """Judge gradients [N,K,C,h,w] by derivatives [N,K,D] in D directions; `moved` are those of nudged pictures."""
+    """Judge gradients [N,K,C,h,w] by derivatives [N,K,D] in D directions; `moved` is of nudged pictures."""
     has = np.stack([np.einsum("nkchw,nchw->nk", g, v) for v in directions], axis=-1)
     norm = np.sqrt((g**2).sum((2, 3, 4)))
     scale = np.where(norm > 0, norm, norm.max() or 1.0)
@@ -500,7 +522,6 @@ def _size(subject: _Subject) -> Verdict:
 
 
 _CHECKS: "dict[str, Callable[[_Subject], Verdict]]" = {
-    "card": _card,
     "graph": _graph,
     "operators": _operators,
     "original": _original,
@@ -585,6 +606,10 @@ def _off(found: Array, wanted: Array) -> float:
 def _closeness(off: Mapping[str, float]) -> str:
     worst = max(off.values(), default=0.0)
     return f"within {worst:.1e} of" if worst else "identical to"
+
+
+def _away(off: float) -> str:
+    return f"is {off:.1e} off" if math.isfinite(off) else "differs in shape, or in what is not finite, from"
 
 
 def _allowed(tolerance: float, array: Array) -> float:
