@@ -17,16 +17,19 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir import Value
+from PIL import Image
 
 from onnxcam import layers, onnxfile
 from onnxcam.attaching import PREFIX, attach, prepared
 from onnxcam.backward import ancestors, path
-from onnxcam.card import EMITS, KEY, Card, Preprocess
+from onnxcam.card import EMITS, KEY, WANTED, Card, Preprocess
 from onnxcam.dialects import DIALECTS
 from onnxcam.differences import Doubles, Tail, off_kinks, rounds, slopes
+from onnxcam.embedding import PICTURE
 from onnxcam.emit import all_values
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
+from onnxcam.image import prepare
 from onnxcam.runtime import provider_named, run, start
 from onnxcam.subgraphs import bodies, branches, is_if, within
 from onnxcam.targets import AGAINST, CLASS, MASK, RIVALS, SEED
@@ -54,13 +57,20 @@ gradient moves by when the last bits of the picture change is allowed.
 JUMPY = 0.02
 """If it moves by more, nothing can be said."""
 
+LEVEL = 1.5
+"""Largest difference of a pixel, in levels of 255, from Pillow's preparation.
+
+Pillow 13 resizes the columns first where older ones begin with the rows, so that a level may be the next one.
+"""
+
 _PICTURES = 2
 _DIRECTIONS = 2
 _SIZE = 224
 """Pixels, where neither the graph nor the card says how large a picture is."""
 
 _OURS = f"{PREFIX}/"
-_INPUTS = (CLASS, AGAINST, MASK, SEED)
+_INPUTS = (PICTURE, CLASS, AGAINST, MASK, SEED, WANTED)
+_OPTIONAL = (CLASS, AGAINST, MASK, WANTED)
 _OUTPUTS = {kind: PREFIX if kind == "cam" else f"{PREFIX}_{kind}" for kind in EMITS}
 
 Array: TypeAlias = "NDArray[Any]"
@@ -112,6 +122,7 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
 
     - ``card``: it says what fits the graph.
     - ``graph``: it is valid ONNX and has the inputs and outputs of ``docs/format.md``.
+    - ``picture``: where the file takes the picture itself, it prepares it as `onnxcam.image` does.
     - ``operators``: what was added are standard operators, and whatever else the original itself has.
     - ``original``: the outputs are those of the model `against`, and so are all weights and nodes; without
       it, the outputs are those of the file without what was added.
@@ -147,7 +158,11 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
         raise OnnxcamError(
             f"{path} gives random pictures scores that are not finite; nothing can be compared"
         )
-    checks = (_checked(name, check, subject) for name, check in _CHECKS.items())
+    checks = (
+        _checked(name, check, subject)
+        for name, check in _CHECKS.items()
+        if name != "picture" or subject.card.picture is not None
+    )
     return Report(os.fspath(path), subject.card.title, (card, *checks))
 
 
@@ -188,10 +203,10 @@ class _Subject:
         """
         card = Card.from_metadata(model.metadata_props)
         assert card is not None
-        original, added = _divided(model)
+        original, added = _divided(model, card)
         original = onnxfile.normalise(original)
         emit = [kind for kind, name in _OUTPUTS.items() if name in _names(model.graph.outputs)]
-        optional = all(v.is_initializer() for v in model.graph.inputs if v.name in (CLASS, AGAINST, MASK))
+        optional = all(v.is_initializer() for v in model.graph.inputs if v.name in _OPTIONAL)
         fresh = attach(
             original,
             emit=emit,
@@ -200,6 +215,8 @@ class _Subject:
             smooth=card.smooth or (),
             class_input="optional" if optional else "required",
             labels=card.labels,
+            embed_preprocess=card.picture is not None,
+            on_demand=bool(card.on_demand),
             **_request(card),
             **{k: v for k, v in dataclasses.asdict(card.input).items() if k != "name"},
         )
@@ -207,9 +224,25 @@ class _Subject:
         return cls(Path(path), model, card, original, added, fresh, against, plain)
 
     @functools.cached_property
+    def feeds(self) -> dict[str, Array]:
+        """Random input for the file: noise, prepared as the card says where that is known."""
+        return _noise(self.model, self.card)
+
+    @functools.cached_property
     def pictures(self) -> dict[str, Array]:
-        """Random input for the original: noise, prepared as the card says where that is known."""
-        return _pictures(self.original, self.card.input)
+        """The same for the original."""
+        if self.card.picture is None:
+            return self.feeds
+        name = self.card.input.name
+        session = start(_with_outputs(self.model.clone(), [name]), provider_named("cpu"))
+        needed = [v for v in self.model.graph.inputs if not v.is_initializer()]
+        (x,) = run(
+            session,
+            [name],
+            {**self.feeds, **_asked(needed, np.zeros((len(self.feeds[PICTURE]), 1)))},
+            self.path,
+        )
+        return {name: x, **{k: v for k, v in self.feeds.items() if k != PICTURE}}
 
     @functools.cached_property
     def scores(self) -> Array:
@@ -237,31 +270,53 @@ def _request(card: Card) -> dict[str, Any]:
     }
 
 
-def _divided(model: ir.Model) -> tuple[ir.Model, list[ir.Node]]:
+def _divided(model: ir.Model, card: Card) -> tuple[ir.Model, list[ir.Node]]:
     """Return the model without what was added, and the added nodes.
 
     Raises:
         OnnxcamError: an output of the original needs one of these.
     """
     ours = set(_OUTPUTS.values())
-    needed = set(ancestors([v for v in model.graph.outputs if v.name not in ours]))
+    prepared = next((v for n in model.graph for v in n.outputs if v.name == card.input.name), None)
+    if (card.picture is None) != (prepared is None):
+        raise OnnxcamError(
+            f"the card's picture is {card.picture!r}, but {card.input.name!r} is another kind of value"
+        )
+    stop = None if prepared is None else prepared.producer()
+    needed = set(ancestors([v for v in model.graph.outputs if v.name not in ours], stop))
     explaining = set(ancestors([v for v in model.graph.outputs if v.name in ours]))
     added = [n for n in model.graph if (n.name or "").startswith(_OURS) or n in explaining - needed]
     for node in added:
         if node in needed:
             raise OnnxcamError(f"the added node {node.name!r} has influence on an output of the original")
-    names = {node.outputs[0].name for node in added}
     original = model.clone()
     graph = original.graph
+    twins = dict(zip(model.graph, graph, strict=True))
     del original.metadata_props[KEY]
+    if prepared is not None:
+        _take_prepared(graph, card)
     graph.outputs[:] = [v for v in graph.outputs if v.name not in ours]
-    _remove([node for node in graph if node.outputs[0].name in names])
+    _remove([twins[node] for node in added])
     _close_branches(graph)
     graph.inputs[:] = [v for v in graph.inputs if v.name not in _INPUTS]
     for value in list(graph.initializers.values()):
         if (value.name or "").startswith((_OURS, *_INPUTS)) and not value.uses():
             del graph.initializers[value.name]  # type: ignore[arg-type]
     return original, added
+
+
+def _take_prepared(graph: ir.Graph, card: Card) -> None:
+    """Put the input that the picture is prepared for in the place of the picture."""
+    place = next((i for i, v in enumerate(graph.inputs) if v.name == card.picture), None)
+    inner = next(v for node in graph for v in node.outputs if v.name == card.input.name)
+    if place is None or inner.type is None or inner.shape is None or len(inner.shape) != 4:
+        raise OnnxcamError(f"the graph makes no input {card.input.name!r} of a picture {card.picture!r}")
+    sizes = [card.input.height, card.input.width]
+    shape = [dims(inner)[1], *sizes] if card.input.layout == "NCHW" else [*sizes, dims(inner)[3]]
+    given = Value(name=inner.name, type=inner.type, shape=ir.Shape([dims(graph.inputs[place])[0], *shape]))
+    inner.replace_all_uses_with(given)
+    inner.name = f"{_OURS}{inner.name}"
+    graph.inputs[place] = given
 
 
 def _remove(nodes: Sequence[ir.Node]) -> None:
@@ -320,6 +375,17 @@ def _graph(subject: _Subject) -> Verdict:
     return True, f"valid ONNX; {' in, '.join(map(_listed, ours))} out"
 
 
+def _picture(subject: _Subject) -> Verdict:
+    facts = subject.card.input
+    scale, std = facts.scale, facts.std
+    assert scale is not None and std is not None
+    own = [prepare(Image.fromarray(photo), facts)[0] for photo in subject.feeds[PICTURE]]
+    per_channel = np.reshape(std, (-1, 1, 1) if facts.layout == "NCHW" else (-1,))
+    levels = np.abs(subject.pictures[facts.name] - np.concatenate(own)) * per_channel / abs(scale)
+    text = f"{PICTURE} is prepared as the card says, within {levels.max():.2f} levels of 255 of Pillow"
+    return bool(levels.max() < LEVEL), text
+
+
 def _operators(subject: _Subject) -> Verdict:
     opset = subject.model.graph.opset_imports[""]
     own = {(n.domain, n.op_type) for n in subject.original.graph.all_nodes()}
@@ -345,10 +411,9 @@ def _original(subject: _Subject) -> Verdict:
     names = _names(like.graph.outputs)
     if names != _names(v for v in subject.model.graph.outputs if not _is_ours(v)):
         return False, f"the outputs of {what} are {', '.join(names)}"
-    feeds = subject.pictures
-    wanted = _run(like, names, feeds, what)
+    wanted = _run(like, names, subject.pictures, what)
     required = [v for v in subject.model.graph.inputs if not v.is_initializer()]
-    found = _run(subject.model, names, {**feeds, **_asked(required, subject.scores)}, subject.path)
+    found = _run(subject.model, names, {**subject.feeds, **_asked(required, subject.scores)}, subject.path)
     off = _differences(names, found, wanted)
     for name, array in zip(names, wanted, strict=True):
         if not off[name] <= _allowed(SAME, array):
@@ -396,12 +461,19 @@ def _strip(node: onnx.NodeProto) -> None:
 
 def _maps(subject: _Subject) -> Verdict:
     names = _names(v for v in subject.model.graph.outputs if _is_ours(v))
-    feeds = {**subject.pictures, **_asked(subject.model.graph.inputs, subject.scores)}
-    found, wanted = (_run(model, names, feeds, subject.path) for model in (subject.model, subject.fresh))
+    feeds = {**subject.feeds, **_asked(subject.model.graph.inputs, subject.scores)}
+    session = start(subject.model, provider_named("cpu"))
+    found = run(session, names, feeds, subject.path)
+    wanted = _run(subject.fresh, names, feeds, subject.path)
     off = _differences(names, found, wanted)
     for name, array in zip(names, wanted, strict=True):
         if not off[name] <= _allowed(ALIKE, array):
             return False, f"{name} {_away(off[name])} what this onnxcam makes of the model"
+    if WANTED in feeds:
+        unasked = run(session, names, {**feeds, WANTED: np.array(False)}, subject.path)
+        made = [name for name, array in zip(names, unasked, strict=True) if array.size]
+        if made:
+            return False, f"{', '.join(made)} is made where {WANTED} is false"
     how = "by other nodes" if _difference(subject.model, subject.fresh) else "node for node"
     return True, f"{', '.join(names)} {_closeness(off)} what this onnxcam makes of the model, {how}"
 
@@ -518,11 +590,12 @@ def _size(subject: _Subject) -> Verdict:
     size, rest = _bytes(subject.path, subject.model), ""
     if subject.against is not None and subject.plain is not None:
         rest = f", {size - _bytes(subject.against, subject.plain):+,} on the original"
-    return None, f"{size:,} bytes{rest}; {len(subject.added)} of {len(subject.model.graph)} nodes added"
+    return None, f"{size:,} bytes{rest}"
 
 
 _CHECKS: "dict[str, Callable[[_Subject], Verdict]]" = {
     "graph": _graph,
+    "picture": _picture,
     "operators": _operators,
     "original": _original,
     "maps": _maps,
@@ -531,24 +604,34 @@ _CHECKS: "dict[str, Callable[[_Subject], Verdict]]" = {
 }
 
 
-def _pictures(model: ir.Model, facts: Preprocess) -> dict[str, Array]:
+def _noise(model: ir.Model, card: Card) -> dict[str, Array]:
+    """Random input for a model; other inputs than the picture's are zero."""
     feeds = {}
-    for value in (v for v in model.graph.inputs if not v.is_initializer()):
+    for value in (v for v in model.graph.inputs if not v.is_initializer() and v.name not in _INPUTS[1:]):
         assert value.dtype is not None
         dtype = value.dtype.numpy()
-        if value.name == facts.name:
-            feeds[facts.name] = _noise(dims(value), facts).astype(dtype)
+        if value.name == card.picture:
+            feeds[PICTURE] = _photos(dims(value)[0], card.input)
+        elif value.name == card.input.name:
+            feeds[card.input.name] = _prepared(dims(value), card.input).astype(dtype)
         else:
             feeds[value.name or ""] = np.zeros([d if isinstance(d, int) else 1 for d in dims(value)], dtype)
     return feeds
 
 
-def _noise(shape: Sequence[Any], facts: Preprocess) -> Array:
+def _photos(batch: int | str | None, facts: Preprocess) -> Array:
+    """Photos of another size and aspect than the model sees."""
+    assert facts.height and facts.width
+    size = (facts.height + facts.height // 4, facts.width + facts.width // 2)
+    number = batch if isinstance(batch, int) else _PICTURES
+    return np.random.default_rng(0).integers(0, 256, (number, *size, 3), np.uint8)
+
+
+def _prepared(shape: Sequence[Any], facts: Preprocess) -> Array:
     rng = np.random.default_rng(0)
     channels_last = facts.layout == "NHWC"
-    n, c, h, w = (
-        shape[i] if isinstance(shape[i], int) else None for i in ((0, 3, 1, 2) if channels_last else range(4))
-    )
+    order = (0, 1, 2, 3) if channels_last else (0, 2, 3, 1)
+    n, h, w, c = (shape[i] if isinstance(shape[i], int) else None for i in order)
     sizes = (n or _PICTURES, h or facts.height or _SIZE, w or facts.width or _SIZE, c or facts.channels)
     if facts.scale is not None and facts.mean is not None and facts.std is not None:
         x = (rng.integers(0, 256, sizes) * facts.scale - facts.mean) / facts.std
@@ -578,6 +661,7 @@ def _asked(inputs: Iterable[Value], scores: Array, by_rank: bool = True) -> dict
         CLASS: classes.astype(np.int64),
         AGAINST: against.astype(np.int64),
         MASK: rng.uniform(size=(n, *scores.shape[2:])).astype(scores.dtype),
+        WANTED: np.array(True),
         SEED: rng.standard_normal(scores.shape).astype(scores.dtype),
     }
     return {v.name: given[v.name] for v in inputs if v.name in given}
@@ -613,7 +697,10 @@ def _away(off: float) -> str:
 
 
 def _allowed(tolerance: float, array: Array) -> float:
-    return max(tolerance, 20 * float(np.finfo(array.dtype).eps)) if array.dtype.kind == "f" else tolerance
+    """What numbers of this type may be off: the last bits of half precision, a level of a picture."""
+    if array.dtype.kind != "f":
+        return max(tolerance, 1 / 255)
+    return max(tolerance, 20 * float(np.finfo(array.dtype).eps))
 
 
 def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

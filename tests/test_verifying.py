@@ -130,6 +130,50 @@ def test_kinds_of_models(files, options):
     assert distance(verify(explained, original)) <= 3e-6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embed_preprocess": True, "on_demand": True, "emit": ("cam", "heatmap", "overlay")},
+        {"embed_preprocess": True, "class_input": "required", "method": "saliency"},
+        {"on_demand": True, "class_input": "required"},
+    ],
+    ids=str,
+)
+def test_pictures_and_demand(files, options):
+    explained, original = files(classifier(size=("H", "W")), height=16, width=20, **FACTS, **options)
+    report = verify(explained, original)
+    assert distance(report) <= 3e-6
+    assert ("picture" in figures(report)) == ("embed_preprocess" in options)
+
+
+@pytest.mark.parametrize(("field", "value"), [("scale", 1 / 127), ("mean", [0.45]), ("color", "BGR")])
+def test_a_picture_that_is_prepared_in_another_way(files, verdicts, field, value):
+    explained, _ = files(classifier(), embed_preprocess=True, **FACTS)
+    proto = onnx.load(explained)
+    entry = next(entry for entry in proto.metadata_props if entry.key == KEY)
+    card(proto, input={**json.loads(entry.value)["input"], field: value})
+    assert "picture" in verdicts(proto)
+
+
+def test_maps_that_nobody_asked_for(files, verdicts):
+    explained, _ = files(classifier(), on_demand=True)
+    proto = onnx.load(explained)
+    choice = next(n for n in proto.graph.node if n.op_type == "If")
+    for attribute in choice.attribute:
+        if attribute.name == "then_branch":
+            made = attribute.g
+    for attribute in choice.attribute:
+        attribute.g.CopyFrom(made)
+    assert "is made where cam_wanted is false" in verdicts(proto)["maps"]
+
+
+def test_a_picture_that_the_graph_does_not_take(files, verdicts):
+    explained, _ = files(classifier())
+    proto = onnx.load(explained)
+    card(proto, picture="cam_picture")
+    assert "the card's picture is 'cam_picture'" in verdicts(proto)["card"]
+
+
 def test_half_precision(files):
     explained, original = files(build(FLAT_HEAD, dtype="float16"))
     assert distance(verify(explained, original)) <= 2e-2  # 2e-3 here: twice the last bit
