@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test check docs parity runtimes zoo web test-web clean
+.PHONY: demo test test-deploy check docs parity runtimes zoo web test-web clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -14,6 +14,14 @@ demo: .venv/ready
 # A process for each core, up to 4 because each takes 2 to 3 GB, and one thread in each.
 test: .venv-test/ready
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# The JavaScript of docs/deploy.md, in Node.
+test-deploy: .venv/ready build/deploy/node_modules
+	.venv/bin/python docs/deploy.py build/deploy
+
+build/deploy/node_modules:
+	mkdir -p build/deploy
+	npm install --prefix build/deploy --ignore-scripts --no-audit --no-fund --silent onnxruntime-web@1.30.0
 
 check: .venv-test/ready
 	.venv-test/bin/ruff format --check .

@@ -99,7 +99,7 @@ class Report:
     Attributes:
         model: the file.
         title: what it explains, as far as the card says.
-        checks: in order. If the card is wrong it is the only one.
+        checks: in order. If the graph is not valid, or the card wrong, that is the only one.
     """
 
     model: str
@@ -147,6 +147,10 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
         raise OnnxcamError(f"{path} is not an explained model: it has no card. 'onnxcam attach' makes one")
     provider_named("cpu")
     plain = None if against is None else prepared(against)
+    try:
+        onnxfile.check(model)
+    except OnnxcamError as error:
+        return Report(os.fspath(path), "not valid ONNX", (Check("graph", False, _line(error)),))
     try:
         subject = _Subject.of(path, model, against, plain)
         card = Check("card", *_card(subject))
@@ -234,14 +238,16 @@ class _Subject:
         if self.card.picture is None:
             return self.feeds
         name = self.card.input.name
-        session = start(_with_outputs(self.model.clone(), [name]), provider_named("cpu"))
-        needed = [v for v in self.model.graph.inputs if not v.is_initializer()]
-        (x,) = run(
-            session,
+        try:
+            graph = ir.convenience.extract(self.model.graph, [PICTURE], [name])
+        except ValueError:
+            raise OnnxcamError(f"{name!r} is made of something else than {PICTURE}") from None
+        x = _run(
+            ir.Model(graph, ir_version=self.model.ir_version),
             [name],
-            {**self.feeds, **_asked(needed, np.zeros((len(self.feeds[PICTURE]), 1)))},
+            {PICTURE: self.feeds[PICTURE]},
             self.path,
-        )
+        )[0]
         return {name: x, **{k: v for k, v in self.feeds.items() if k != PICTURE}}
 
     @functools.cached_property
@@ -359,7 +365,6 @@ def _card(subject: _Subject) -> Verdict:
 
 def _graph(subject: _Subject) -> Verdict:
     model, fresh = subject.model.graph, subject.fresh.graph
-    onnxfile.check(subject.model)
     for what, given, wanted in (
         ("inputs", model.inputs, fresh.inputs),
         ("outputs", model.outputs, fresh.outputs),
@@ -565,7 +570,9 @@ def _judged(
     if distances[best] <= near:
         return True, text
     text += f"; it moves by {own[best]:.1e} when the last bits of the picture change"
-    return None if own[best] > JUMPY else bool(distances[best] <= 4 * own[best]), text
+    if own[best] > JUMPY:
+        return None, f"not judged: {text}"
+    return bool(distances[best] <= 4 * own[best]), text
 
 
 def _weights(target: str | None, asked: Mapping[str, Array], scores: Array) -> Array:

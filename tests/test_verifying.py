@@ -135,6 +135,7 @@ def test_kinds_of_models(files, options):
     [
         {"embed_preprocess": True, "on_demand": True, "emit": ("cam", "heatmap", "overlay")},
         {"embed_preprocess": True, "class_input": "required", "method": "saliency"},
+        {"embed_preprocess": True, "target": "seed"},
         {"on_demand": True, "class_input": "required"},
     ],
     ids=str,
@@ -287,12 +288,10 @@ def test_a_weight_and_a_node_of_the_original(deep, verdicts, tmp_path):
 
 
 def test_an_output_of_the_original(deep, verdicts):
-    last = next(n for n in deep.graph.node if "scores" in n.output)
+    at, last = next((i, n) for i, n in enumerate(deep.graph.node) if "scores" in n.output)
     last.output[0] = "before"
-    deep.graph.node.append(
-        helper.make_node("Add", ["before", "cam/class/constant_f"], ["scores"], "cam/more")
-    )
-    deep.graph.initializer.append(numpy_helper.from_array(np.float32(1), "cam/class/constant_f"))
+    deep.graph.node.insert(at + 1, helper.make_node("Add", ["before", "cam/one"], ["scores"], "cam/more"))
+    deep.graph.initializer.append(numpy_helper.from_array(np.float32(1), "cam/one"))
     assert "'cam/more' has influence on an output of the original" in verdicts(deep)["card"]
 
 
@@ -345,6 +344,13 @@ def test_functions(deep, verdicts):
 def test_a_card_that_says_something_else(deep, verdicts, fields, check, text):
     card(deep, **fields)
     assert text in verdicts(deep)[check]
+
+
+def test_a_graph_that_is_not_valid(deep, verdicts):
+    node(deep, "cam/gradcam", "Relu").input.append("r")
+    found = verdicts(deep)
+    assert found.keys() == {"graph"}
+    assert "the explained model is not valid" in found["graph"]
 
 
 def test_a_damaged_card(deep, verdicts):
