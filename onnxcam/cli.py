@@ -666,6 +666,7 @@ def verify(
 
     Its card and its format, that only standard operators were added, that the outputs are the original's,
     the maps those of its method, and the gradient that of the scores. The exit code is 1 if any is not so.
+    Without --against, nothing says what the original's weights were.
     A line with - is no judgement: what it is about needs none, or cannot be checked, for the reason it gives.
     """
     from onnxcam.verifying import verify as verified
