@@ -49,7 +49,7 @@ ALIKE = 1e-4
 NEAR = 1e-4
 """Largest relative distance of a gradient from the differences, on the better of the pictures.
 
-It is at most 3e-6 (``python -m benchmarks.verifying``) where every ReLU is on the same side of its kink in
+It is at most 4e-6 (``python -m benchmarks.verifying``) where every ReLU is on the same side of its kink in
 float32 and in float64. Where that is so for no picture, as often at the picture of a deep network, four times
 what the gradient moves by when the last bits of the picture change is allowed.
 """

@@ -39,6 +39,7 @@ COMMANDS = (
         "compare",
         "filters",
         "activations",
+        "verify",
         "operators",
         "web",
     ),
@@ -889,6 +890,7 @@ def test_help_names_every_option(call, command):
         "filters": "--output --color --scores",
         "activations": f"--output --layer --scores {facts}".replace(" --labels", ""),
         "methods": "--json",
+        "verify": "--against",
         "operators": "",
         "web": "--port --single-file --fetch",
     }[command].split()
