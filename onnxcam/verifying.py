@@ -496,6 +496,8 @@ def _derivative(subject: _Subject, layer: str) -> Verdict:
     request = _request(subject.card)
     model = subject.original.clone()
     if request["layer"] is not None:
+        request["layer"] = layer
+    if request["layer"] not in (None, subject.card.input.name):
         values = _run(_with_outputs(model.clone(), [layer]), [layer], subject.pictures, layer)
         request["layer"] = off_kinks(model, layer, values[0])
     found, source, grid = _place(model, subject.card, request["layer"])
