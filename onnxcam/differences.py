@@ -127,9 +127,10 @@ def _before(op: Emitter, found: Scores, logits: Value) -> Value:
 
 
 def off_kinks(model: ir.Model, layer: str, values: NDArray[Any]) -> str:
-    """Add a little noise to an activation of a model; return the name of what is then read in its place.
+    """Add noise to an activation of a model; return the name of what is then read in its place.
 
-    Values that are equal, such as the zeros that a ReLU leaves, are where a maximum has its kink.
+    Values that are equal, such as the zeros that a ReLU leaves, are where a maximum has its kink. The noise
+    is large, so that of hundreds of thousands of windows of a pool next to none has two values within `STEP`.
 
     Args:
         model: changed in place.
@@ -139,7 +140,7 @@ def off_kinks(model: ir.Model, layer: str, values: NDArray[Any]) -> str:
     op = Emitter(model.graph, model.graph.opset_imports[""], "off_kinks")
     value = next(v for node in model.graph for v in node.outputs if v.name == layer)
     noise = np.random.default_rng(4).uniform(-1, 1, [1, *values.shape[1:]])
-    size = 1e-3 * np.sqrt(np.mean(values.astype(np.float64) ** 2))
+    size = 0.3 * np.sqrt(np.mean(values.astype(np.float64) ** 2))
     moved: Value = op.Add(value, (size * noise).astype(values.dtype))
     node, producer = moved.producer(), value.producer()
     assert node is not None and producer is not None

@@ -411,6 +411,31 @@ def test_slopes_by_hand():
     np.testing.assert_allclose(slopes(tail, at, {}, weights, [v])[0, :, 0], expected, rtol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("off", "jump", "passed"),
+    [
+        (0, 0, True),
+        (2e-3, 0, False),
+        (2e-3, 1e-4, False),
+        (2e-3, 1e-3, True),
+        (2e-3, 0.1, None),
+        (0.5, 0.01, False),
+    ],
+)
+def test_what_a_jump_excuses(off, jump, passed):
+    """A gradient that is off, where the derivatives jump if the last bits of the activation change."""
+    at, directions = np.ones((2, 1, 1, 3)), [np.eye(3)[i].reshape(1, 1, 1, 3).repeat(2, 0) for i in range(3)]
+    slope = np.ones((2, 1, 3))
+    g = slope.reshape(2, 1, 1, 1, 3) * (1 + off * np.sqrt(3))
+
+    def slopes(near_by):
+        return slope if np.array_equal(near_by, at) else slope * (1 + jump * np.sqrt(3))
+
+    found, text = verifying._judged(g, at, directions, slopes, verifying.NEAR)
+    assert found is passed
+    assert ("jump" in text) == (off > 0)
+
+
 # The command
 
 
