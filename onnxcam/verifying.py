@@ -49,9 +49,10 @@ ALIKE = 1e-4
 NEAR = 1e-4
 """Largest relative distance of a gradient from the differences, on the better of the pictures.
 
-It is at most 4e-6 (``python -m benchmarks.verifying``) where every ReLU is on the same side of its kink in
-float32 and in float64. Where that is so for no picture, as often at the picture of a deep network, four times
-what the differences themselves change by is allowed, when the last bits of a float32 activation change.
+``python -m benchmarks.verifying`` finds 2.2e-6 or less at 35 of 37 places, where every ReLU is on the same
+side of its kink in float32 and in float64, and 4.5e-5 and 5.6e-4 at the others. Where that is so for no
+picture, four times what the differences themselves change by is allowed, when the last bits of a float32
+activation change.
 """
 
 JUMPY = 0.02
