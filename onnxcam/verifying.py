@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from onnx_ir import Value
 from PIL import Image
 
-from onnxcam import layers, onnxfile
+from onnxcam import layers, onnxfile, quantised
 from onnxcam.attaching import PREFIX, attach, prepared
 from onnxcam.backward import ancestors, path
 from onnxcam.card import EMITS, KEY, WANTED, Card, Preprocess
 from onnxcam.dialects import DIALECTS
 from onnxcam.differences import Doubles, Tail, off_kinks, rounds, slopes
 from onnxcam.embedding import PICTURE
-from onnxcam.emit import all_values
+from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
 from onnxcam.image import prepare
@@ -148,7 +148,7 @@ def verify(path: "str | os.PathLike[str]", against: "str | os.PathLike[str] | No
     if KEY not in model.metadata_props:
         raise OnnxcamError(f"{path} is not an explained model: it has no card. 'onnxcam attach' makes one")
     provider_named("cpu")
-    plain = None if against is None else prepared(against)
+    plain = None if against is None else _as_attached(prepared(against))
     try:
         onnxfile.check(model)
     except OnnxcamError as error:
@@ -210,7 +210,6 @@ class _Subject:
         card = Card.from_metadata(model.metadata_props)
         assert card is not None
         original, added = _divided(model, card)
-        original = onnxfile.normalise(original)
         emit = [kind for kind, name in _OUTPUTS.items() if name in _names(model.graph.outputs)]
         optional = all(v.is_initializer() for v in model.graph.inputs if v.name in _OPTIONAL)
         fresh = attach(
@@ -223,6 +222,7 @@ class _Subject:
             labels=card.labels,
             embed_preprocess=card.picture is not None,
             on_demand=bool(card.on_demand),
+            portable=_single_class(model.graph.inputs),
             **_request(card),
             **{k: v for k, v in dataclasses.asdict(card.input).items() if k != "name"},
         )
@@ -262,6 +262,19 @@ class _Subject:
         """Iterate over the added nodes and those inside of them."""
         for node in self.added:
             yield from within(node)
+
+
+def _as_attached(model: ir.Model) -> ir.Model:
+    """Bring a model that is prepared into the form in which `attach` leaves it."""
+    op = Emitter(model.graph, model.graph.opset_imports[""], PREFIX)
+    quantised.fold(op)
+    op.remove_dead([])
+    return model
+
+
+def _single_class(inputs: Iterable[Value]) -> bool:
+    """Whether one class can be asked for in a run: the file was attached for other runtimes."""
+    return any(dims(value)[1] == 1 for value in inputs if value.name == CLASS)
 
 
 def _request(card: Card) -> dict[str, Any]:
@@ -502,15 +515,23 @@ def _derivative(subject: _Subject, layer: str) -> Verdict:
     if request["layer"] not in (None, subject.card.input.name):
         values = _run(_with_outputs(model.clone(), [layer]), [layer], subject.pictures, layer)
         request["layer"] = off_kinks(model, layer, values[0])
-    found, source, grid = _place(model, subject.card, request["layer"])
+    backward = attach(
+        model,
+        emit=("activations", "gradients"),
+        portable=_single_class(subject.model.graph.inputs),
+        **request,
+    )
+    own = onnxfile.normalise(model)
+    found, source, grid = _place(own, subject.card, request["layer"])
     reason = _why_no_derivative(subject.card, found.logits, source)
     if reason is not None:
         return None, f"at {layer} not compared: {reason}"
-    backward = attach(model, emit=("activations", "gradients"), **request)
     try:
-        tail = Tail(model, source, grid, found, subject.card.score == "after")
+        tail = Tail(own, source, grid, found, subject.card.score == "after")
     except OnnxcamError as error:
         return None, f"at {layer} not compared: {error}"
+    if not set(tail.reads) <= {value.name for value in all_values(backward.graph)}:
+        return None, f"at {layer} not compared: what lies behind it also reads what is rounded"
     asked = _asked(backward.graph.inputs, subject.scores, by_rank=False)
     names = list(dict.fromkeys(["cam_activations", "cam_gradients", subject.card.scores, *tail.reads]))
     given = dict(
@@ -682,6 +703,9 @@ def _asked(inputs: Iterable[Value], scores: Array, by_rank: bool = True) -> dict
     else:
         others = (best[:, None] + 1 + rng.integers(max(m - 1, 1), size=(n, 2))) % m
         classes, against = np.column_stack([best, others[:, 0]]), others[:, 1:]
+    inputs = list(inputs)
+    if _single_class(inputs):
+        classes = classes[:, :1]
     given = {
         CLASS: classes.astype(np.int64),
         AGAINST: against.astype(np.int64),
