@@ -1,17 +1,18 @@
 """Activation functions and softmax."""
 
+import functools
 import math
 
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import is_constant, unbroadcast
+from onnxcam.vjp.shapes import gated, is_constant, unbroadcast
 
 
 @vjp("Relu")
 def relu(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
-    return op.Where(op.Greater(y, 0.0), dy, 0.0)
+    return gated(op, dy, op.Greater(y, 0.0))
 
 
 @vjp("LeakyRelu")
@@ -31,7 +32,7 @@ def prelu(op: Emitter, dy: Value, y: Value, x: Value, slope: Value) -> tuple[Val
 
 @vjp("ThresholdedRelu")
 def thresholded_relu(op: Emitter, dy: Value, y: Value, x: Value, *, alpha: float = 1.0) -> Value:
-    return op.Where(op.Greater(y if alpha >= 0 else x, alpha), dy, 0.0)
+    return gated(op, dy, op.Greater(y if alpha >= 0 else x, alpha))
 
 
 @vjp("Clip")
@@ -44,27 +45,29 @@ def clip(
     high: Value | None = None,
 ) -> tuple[Value, Value | None, Value | None]:
     """0 at the bounds, as in torch's ReLU6 and Hardtanh. Where the bounds cross, Y is the upper one."""
-    dx, dlow, dhigh = dy, None, None
+    inside: list[Value] = []
+    dlow, dhigh = None, None
     if low is not None:
-        dx = op.Where(op.Greater(y, low), dx, 0.0)
+        inside.append(op.Greater(y, low))
         if not is_constant(low):
             clipped = op.Less(x, low)
             if high is not None:
                 clipped = op.And(clipped, op.Less(low, high))
             dlow = unbroadcast(op, op.Where(clipped, dy, 0.0), low, y)
     if high is not None:
-        dx = op.Where(op.Less(y, high), dx, 0.0)
+        inside.append(op.Less(y, high))
         if not is_constant(high):
             clipped = op.Greater(x, high)
             if low is not None:
                 clipped = op.Or(clipped, op.Greater(low, high))
             dhigh = unbroadcast(op, op.Where(clipped, dy, 0.0), high, y)
+    dx = gated(op, dy, functools.reduce(op.And, inside)) if inside else dy
     return dx, dlow, dhigh
 
 
 @vjp("Shrink")
 def shrink(op: Emitter, dy: Value, y: Value, x: Value, *, bias: float = 0.0, lambd: float = 0.5) -> Value:
-    return op.Where(op.Or(op.Less(x, -lambd), op.Greater(x, lambd)), dy, 0.0)
+    return gated(op, dy, op.Or(op.Less(x, -lambd), op.Greater(x, lambd)))
 
 
 @vjp("Sigmoid")
@@ -82,14 +85,14 @@ def hard_sigmoid(
     op: Emitter, dy: Value, y: Value, x: Value, *, alpha: float = 0.2, beta: float = 0.5
 ) -> Value:
     inside = op.And(op.Greater(y, 0.0), op.Less(y, 1.0))
-    return op.Where(inside, op.Mul(dy, alpha), 0.0)
+    return gated(op, op.Mul(dy, alpha), inside)
 
 
 @vjp("HardSwish")
 def hard_swish(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
     """Y = x clip(x/6 + 1/2, 0, 1): the slope is x/3 + 1/2 for -3 < x < 3."""
-    inside = op.Mul(dy, op.Add(op.Div(x, 3.0), 0.5))
-    return op.Where(op.Greater(x, -3.0), op.Where(op.Less(x, 3.0), inside, dy), 0.0)
+    bent = gated(op, op.Add(op.Div(x, 3.0), 0.5), op.And(op.Greater(x, -3.0), op.Less(x, 3.0)))
+    return op.Mul(dy, op.Add(bent, op.CastLike(op.GreaterOrEqual(x, 3.0), x)))
 
 
 @vjp("Elu")

@@ -6,7 +6,7 @@ from onnx_ir import Value
 
 from onnxcam.emit import Emitter
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import constant_array, is_constant, unbroadcast
+from onnxcam.vjp.shapes import constant_array, gated, is_constant, unbroadcast
 
 Pair = tuple[Value | None, Value | None]
 
@@ -202,7 +202,7 @@ def extremum(op: Emitter, dy: Value, y: Value, *xs: Value) -> list[Value | None]
     chosen = [op.Equal(x, y) for x in xs]
     ties = op.Sum(*[op.CastLike(mask, y) for mask in chosen])
     share = op.Div(dy, ties)
-    return [unbroadcast(op, op.Where(mask, share, 0.0), x, y) for x, mask in zip(xs, chosen, strict=True)]
+    return [unbroadcast(op, gated(op, share, mask), x, y) for x, mask in zip(xs, chosen, strict=True)]
 
 
 @vjp("Where")

@@ -27,6 +27,15 @@ def rank(x: Value) -> int:
     return len(x.shape)
 
 
+def gated(op: Emitter, dy: Value, passes: Value) -> Value:
+    """Return `dy` where the bool `passes` holds, and 0 elsewhere.
+
+    It is a product: onnxruntime 1.32 takes six times as long for a Where. So what is not finite in `dy` stays
+    so even where nothing passes.
+    """
+    return op.Mul(dy, op.CastLike(passes, dy))
+
+
 def _reason(x: Value) -> str:
     """Say with which value the shapes began to be unknown, and what to do."""
     first: Value | None = x
