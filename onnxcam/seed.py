@@ -27,6 +27,13 @@ _ROW_BY_ROW = frozenset([
     "Split", "Squeeze", "Sub", "Sum", "Transpose", "Unsqueeze",
 ])  # fmt: skip
 
+# Operators of a head that treat each row alone too, but whose gradient reads the row.
+_BENDING = frozenset([
+    "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LayerNormalization",
+    "LeakyRelu", "Log", "LogSoftmax", "Mish", "Pow", "RMSNormalization", "Selu", "Sigmoid", "Softmax",
+    "Softplus", "Softsign", "Sqrt", "Swish", "Tanh",
+])  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
@@ -66,9 +73,10 @@ def gradients_of_sums(
 ) -> list[Value]:
     """Emit what `function` makes of the gradients of K sums of each image's scores.
 
-    Where the gradient depends on nothing but the sum (a linear head), one walk with N*K rows gives all of
-    them. Elsewhere a Scan goes over the K sums, so that the N rows of each walk match the N rows of the
-    forward values it reads and none of these is ever repeated.
+    Where the gradient reads nothing of the picture (a linear head) or nothing but vectors, of which a copy
+    for each sum costs nothing, one walk with N*K rows gives all of them. Elsewhere a Scan goes over the K
+    sums, so that the N rows of each walk match the N rows of the forward values it reads and no plane is
+    ever repeated.
 
     Args:
         op: where the nodes go.
@@ -122,13 +130,19 @@ def _all_rows_at_once(
         seed = Value(name=op.fresh("seed"), shape=scores.shape, type=scores.type)
         found = gradient(op, scores, seed, source, rules)
         walk = op.nodes[first:]
-        if found is None or not _reads_constants_only(walk, found, seed):
+        read = None if found is None else _vectors_read(walk, found, seed)
+        if found is None or read is None:
             return None
     finally:
         _rename_rows(forward, ROWS, batch)
         _rename_rows([value for node in op.nodes[first:] for value in node.outputs], ROWS, None)
     with op.before(walk[0]) if walk else contextlib.nullcontext():
         rows = seeds.weights(*(_as_rows(op, item) for item in seeds.items))
+        repeated = {value: _for_each_sum(op, value, seeds.items[0]) for value in read}
+    for node in walk:
+        for index, value in enumerate(node.inputs):
+            if value in repeated:
+                node.replace_input_with(index, repeated[value])
     if found is seed:
         found = rows
     seed.replace_all_uses_with(rows)
@@ -152,22 +166,25 @@ def _rename_rows(values: Iterable[Value], old: int | str | None, new: int | str 
 def _rows_stay_apart(between: Sequence[ir.Node]) -> bool:
     """Whether the nodes treat each row alone and keep it along axis 0."""
     for node in between:
-        if node.op_type not in _ROW_BY_ROW or node.domain:
+        if node.op_type not in _ROW_BY_ROW | _BENDING or node.domain:
             return False
         if any(value.shape is None or not value.shape or dims(value)[0] != ROWS for value in node.outputs):
             return False
         perm = node.attributes.get("perm")
         if node.op_type == "Transpose" and (perm is None or perm.as_ints()[0] != 0):
             return False
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+        if node.op_type in _BENDING and axis % rank(node.outputs[0]) == 0:
+            return False
         if _multiplies_by_image(node):
             return False
     return True
 
 
-def _reads_constants_only(walk: Sequence[ir.Node], found: Value, seed: Value) -> bool:
-    """Whether what the walk needs for `found` is the seed and constants."""
+def _vectors_read(walk: Sequence[ir.Node], found: Value, seed: Value) -> list[Value] | None:
+    """Return what `found` takes besides the seed and constants; None if that is more than vectors."""
     own = {seed} | {value for node in walk for value in node.outputs}
-    live = {found}
+    live, read = {found}, dict[Value, None]()
     for node in reversed(walk):
         if not live.intersection(node.outputs):
             continue
@@ -175,11 +192,27 @@ def _reads_constants_only(walk: Sequence[ir.Node], found: Value, seed: Value) ->
         if node.op_type == "Shape" and "start" in node.attributes and node.attributes["start"].as_int() > 0:
             continue
         for value in node.inputs:
-            if value is not None and value not in own and not is_constant(value):
-                return False
-            if value is not None:
-                live.add(value)
-    return True
+            if value is None:
+                continue
+            if value not in own and not is_constant(value):
+                if not _is_vector(value):
+                    return None
+                read[value] = None
+            live.add(value)
+    return list(read)
+
+
+def _is_vector(value: Value) -> bool:
+    """Whether `value` has a row for each image that extends along one axis at most."""
+    rows, *rest = dims(value) if value.shape is not None and len(value.shape) else [None]
+    return rows == ROWS and all(isinstance(d, int) for d in rest) and sum(d != 1 for d in rest) <= 1
+
+
+def _for_each_sum(op: Emitter, value: Value, index: Value) -> Value:
+    """Repeat the rows of `value` [N,...] for the K sums of each image: [N*K,...]."""
+    rest = dims(value)[1:]
+    whole = op.Concat(op.Shape(index, start=0, end=2), np.array(rest, np.int64), axis=0)
+    return op.Reshape(op.Expand(op.Unsqueeze(value, [1]), whole), [-1, *rest])
 
 
 def _multiplies_by_image(node: ir.Node) -> bool:

@@ -139,9 +139,34 @@ def test_a_weight_for_each_image(text, batch):
     assert relative_error(got["cam_gradients"], wanted) <= 1e-9
 
 
+# Between the pooling and the scores stand what MobileNetV3 and ConvNeXt have there, and a Softmax.
+BENT_HEAD = """(T[N,3,8,10] x) => (T[N,5] scores)
+<T[4,3,3,3] w, T[7,4] fc1, T[5,7] fc2, T[5] bias, T[4] scale, T[4] shift>
+{
+    c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w)
+    r = Relu(c)
+    p = GlobalAveragePool(r)
+    t = Transpose<perm=[0,2,3,1]>(p)
+    n = LayerNormalization(t, scale, shift)
+    u = Transpose<perm=[0,3,1,2]>(n)
+    f = Flatten(u)
+    g = Gemm<transB=1>(f, fc1)
+    h = HardSwish(g)
+    k = Softmax(h)
+    scores = Gemm<transB=1, alpha=0.5>(k, fc2, bias)
+}"""
+
+
 @pytest.mark.parametrize(
     ("graph", "layer"),
-    [(graphs.LINEAR, "r"), (graphs.DEEP, "s"), (graphs.CONV_HEAD, "r"), (graphs.CONV_HEAD, "p")],
+    [
+        (graphs.LINEAR, "r"),
+        (graphs.DEEP, "s"),
+        (graphs.CONV_HEAD, "r"),
+        (graphs.CONV_HEAD, "p"),
+        (graphs.FLAT_HEAD, "m"),
+        (BENT_HEAD, "r"),
+    ],
 )
 def test_both_routes_give_the_same_numbers(graph, layer, monkeypatch):
     if layer == "p":
