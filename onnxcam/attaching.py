@@ -130,9 +130,9 @@ def attach(
     dialect = DIALECTS[compat]
     named(method)
     made = dialect.method(method)
-    dialect.check(made, evidence, smooth)
-    request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     target = _target(made, target)
+    dialect.check(made, target, evidence, smooth)
+    request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     score = dialect.scored(score)
     _one_of("class input", class_input, CLASS_INPUTS)
     for name in emit:
@@ -285,7 +285,7 @@ def _explain(
         explained = _as_rows(op, _logits(op, found))
         if score == "after":
             explained = ranked if found.are == "probabilities" else op.Softmax(explained, axis=1)
-        seeds = add_seeds(op, target, ranked, explained, optional)
+        seeds = add_seeds(op, target, ranked, explained, optional, request.dialect.contrast)
         if request.evidence == "counterfactual":
             seeds = seeds.negated(op)
     for source in sources:

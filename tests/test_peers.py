@@ -93,8 +93,7 @@ def file(net, pictures, tmp_path_factory):
 def explained(file, pictures, *outputs, **options):
     """Attach and run; return the outputs for `CLASSES`."""
     path = file.with_name("explained.onnx")
-    emit = {"cam": "cam", "cam_heatmap": "heatmap", "cam_activations": "activations"}
-    attach(file, path, emit=[emit.get(name, "gradients") for name in outputs], **options)
+    attach(file, path, emit=[name.removeprefix("cam_") for name in outputs], **options)
     session = onnxruntime.InferenceSession(path, quiet())
     return session.run(list(outputs), {"x": pictures.numpy(), "cam_class": np.array([CLASSES])})
 
@@ -105,13 +104,22 @@ def unit(maps):
     return maps / maps.max((2, 3), keepdims=True)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("method", DIALECTS["pytorch-grad-cam"].methods)
+def everywhere(dialect, *left_out):
+    """Each method of a dialect at each of `LAYERS`, or at the picture alone."""
+    return [
+        (name, layer)
+        for name, method in DIALECTS[dialect].methods.items()
+        if name not in left_out
+        for layer in ([None] if method.at_picture else LAYERS)
+    ]
+
+
+@pytest.mark.parametrize(("method", "layer"), everywhere("pytorch-grad-cam", "guidedbackprop"))
 def test_pytorch_grad_cam(net, pictures, file, method, layer):
     (maps,) = explained(file, pictures, "cam_heatmap", method=method, layer=layer, compat="pytorch-grad-cam")
-    module = net.get_submodule(layer)
+    modules = [] if layer is None else [net.get_submodule(layer)]
     for k, index in enumerate(CLASSES):
-        expected = peers.by_pytorch_grad_cam(method, net, [module], pictures, index)
+        expected = peers.by_pytorch_grad_cam(method, net, modules, pictures, index)
         assert expected.max() > 0.9
         np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
@@ -161,8 +169,7 @@ def test_pytorch_grad_cam_smooths(net, pictures, file, method, smooth):
         np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("method", DIALECTS["torchcam"].methods.keys() - {"cam"})
+@pytest.mark.parametrize(("method", "layer"), everywhere("torchcam", "cam"))
 def test_torchcam(net, pictures, file, method, layer):
     (maps,) = explained(file, pictures, "cam", method=method, layer=layer, compat="torchcam")
     for k, index in enumerate(CLASSES):
@@ -234,6 +241,29 @@ def test_captum(net, pictures, file, evidence, relu):
         np.testing.assert_allclose(heat[:, k], full[:, 0], atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize(
+    ("dialect", "method", "layer"),
+    [
+        ("pytorch-grad-cam", "guidedbackprop", None),
+        *(("captum", *row) for row in everywhere("captum", "gradcam")),
+    ],
+)
+def test_attributions_to_each_channel(net, pictures, file, dialect, method, layer):
+    """What the peer returns, and of captum the map, which is their sum over the channels."""
+    cam, found = explained(
+        file, pictures, "cam", "cam_attributions", method=method, layer=layer, compat=dialect
+    )
+    found = found.reshape(2, 2, *found.shape[1:])
+    for k, index in enumerate(CLASSES):
+        if dialect == "captum":
+            module = None if layer is None else net.get_submodule(layer)
+            expected = peers.by_captum(method, net, module, pictures, index).numpy()
+            np.testing.assert_allclose(cam[:, k], expected.sum(1), atol=1e-5 * np.abs(cam).max())
+        else:
+            expected = peers.by_pytorch_grad_cam(method, net, [], pictures, index)
+        np.testing.assert_allclose(found[:, k], expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("dialect", ["pytorch-grad-cam", "torchcam"])
 def test_counterfactual_is_the_map_of_the_negative_score(net, pictures, file, dialect):
     out = peers.RETURNED[dialect]
@@ -252,14 +282,25 @@ def test_counterfactual_is_the_map_of_the_negative_score(net, pictures, file, di
         ("pytorch-grad-cam", "eigencam"),
         ("pytorch-grad-cam", "ablationcam"),
         ("pytorch-grad-cam", "scorecam"),
+        ("pytorch-grad-cam", "finercam"),
+        ("pytorch-grad-cam", "fullgrad"),
         ("torchcam", "gradcam++"),
         ("torchcam", "scorecam"),
+        ("torchcam", "sscam"),
+        ("torchcam", "iscam"),
+        ("torchcam", "smoothgradcam++"),
+        ("torchcam", "finercam"),
+        ("captum", "saliency"),
+        ("captum", "integratedgradients"),
+        ("captum", "smoothgrad"),
+        ("captum", "guidedgradcam"),
     ],
 )
 def test_a_dialects_own_form_is_another_map_than_the_papers(pictures, file, dialect, method):
     """So the comparisons above would see the paper's form in its place."""
+    layer = None if METHODS[method].at_picture else LAYERS[1]
     own, paper = (
-        explained(file, pictures, "cam", method=method, layer=LAYERS[1], compat=compat)[0]
+        explained(file, pictures, "cam", method=method, layer=layer, compat=compat)[0]
         for compat in (dialect, "paper")
     )
     assert np.abs(unit(own) - unit(paper)).max() > 50 * TOLERANCE
@@ -341,7 +382,10 @@ def test_a_map_of_zeros_is_zero_not_a_division_by_nothing(dialect, flat, picture
     ("options", "message"),
     [
         ({"compat": "pytorch"}, "compat is 'pytorch'; it must be one of paper, pytorch-grad-cam, torchcam"),
-        ({"compat": "captum", "method": "layercam"}, "captum has no method 'layercam'; it has: gradcam"),
+        (
+            {"compat": "captum", "method": "layercam"},
+            "captum has no method 'layercam'; it has: inputxgradient",
+        ),
         ({"compat": "pytorch-grad-cam", "method": "cam"}, "pytorch-grad-cam has no method 'cam'; it has: "),
         (
             {"compat": "pytorch-grad-cam", "evidence": "both"},

@@ -54,5 +54,7 @@ VARIANTS: dict[str, Mapping[tuple[str, str], Rule]] = {
     "relu as identity": {("", "Relu"): RULES["", "Identity"]},
     "guided": {("", "Relu"): rule(_guided_relu), ("", "Clip"): rule(_guided_clip)},
     "deconvnet": {("", "Relu"): rule(_deconvolved_relu), ("", "Clip"): rule(_deconvolved_clip)},
+    "guided relu": {("", "Relu"): rule(_guided_relu)},
+    "deconvnet relu": {("", "Relu"): rule(_deconvolved_relu)},
 }
-"""Rules by the name of the variant."""
+"""Rules by the name of the variant. The last two, of other libraries, leave ReLU6 its gradient."""
