@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcam import onnxfile
 from onnxcam.card import Card
+from onnxcam.dialects import DIALECTS
 from onnxcam.errors import OnnxcamError
 from onnxcam.methods import METHODS, named
 from onnxcam.render import OPACITY, SMALLER, Row, comparison
@@ -47,7 +48,8 @@ class Comparison:
                 continue
             found = self.explanations[name]
             photo, columns = found.columns(SMALLER, opacity)
-            facts = [f"at {found.card.module or found.card.layer}", f"cost: {METHODS[name].cost}"]
+            made = DIALECTS[found.card.compat or "paper"].methods[name]
+            facts = [f"at {found.card.module or found.card.layer}", f"cost: {made.cost}"]
             rows.append(Row(name, facts, columns))
         evidence = found.card.evidence
         return comparison(photo, rows, f"{SHOWS[evidence]}{self.title}", evidence)

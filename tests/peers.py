@@ -69,12 +69,12 @@ def returned(dialect, method):
 class OwnNoise:
     """onnxcam's noise in the place of torch's distribution: the same for every picture, one field a call."""
 
-    def __init__(self, deviation, axes):
-        self.deviation, self.axes, self.calls = deviation, axes, 0
+    def __init__(self, deviation, axes, dtype):
+        self.deviation, self.axes, self.dtype, self.calls = deviation, axes, dtype, 0
 
     def sample(self, size):
         """Return the next field, along the last `axes` of `size`."""
-        field = torch.from_numpy(normal(self.calls, size[-self.axes :])).float()
+        field = torch.from_numpy(normal(self.calls, size[-self.axes :])).to(self.dtype)
         self.calls += 1
         return (self.deviation * field).expand(size)
 
@@ -152,7 +152,9 @@ def by_torchcam(method, model, layers, pictures, index, planes=None, sign=1, hea
     wanted = {"class_idx": index} if sign == 1 else {"targets": lambda scores: sign * scores[index]}
     with getattr(torchcam.methods, TORCHCAM[method])(model, layers, **options) as extractor:
         if hasattr(extractor, "_distrib"):
-            extractor._distrib = OwnNoise(extractor.std, 3 if method == "smoothgradcam++" else 2)
+            extractor._distrib = OwnNoise(
+                extractor.std, 3 if method == "smoothgradcam++" else 2, pictures.dtype
+            )
         return [cam.numpy() for cam in extractor(scores=model(pictures), **wanted)]
 
 

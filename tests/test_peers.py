@@ -1,9 +1,11 @@
 """Maps against those of the peers, and of two codes for Keras: the same weights, the same pictures."""
 
+import copy
 import warnings
 
 import cv2
 import numpy as np
+import onnx
 import onnxruntime
 import PIL.Image
 import pytest
@@ -15,6 +17,7 @@ from onnxcam.errors import OnnxcamError
 from onnxcam.methods import METHODS
 from tests import peers
 from tests.checks import quiet
+from tests.graphs import run
 
 CLASSES = [3, 0]
 LAYERS = ["features.4", "features.6"]
@@ -169,13 +172,34 @@ def test_pytorch_grad_cam_smooths(net, pictures, file, method, smooth):
         np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("method", "layer"), everywhere("torchcam", "cam"))
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        *everywhere("torchcam", "cam", "smoothgradcam++", "sscam", "iscam"),
+        ("sscam", LAYERS[0]),  # 35 and 10 runs for each channel
+        ("iscam", LAYERS[0]),
+    ],
+)
 def test_torchcam(net, pictures, file, method, layer):
     (maps,) = explained(file, pictures, "cam", method=method, layer=layer, compat="torchcam")
     for k, index in enumerate(CLASSES):
         (expected,) = peers.by_torchcam(method, net, [net.get_submodule(layer)], pictures, index)
         assert expected.max() > 0.9
         np.testing.assert_allclose(maps[:, k], expected, atol=TOLERANCE)
+
+
+def test_torchcams_smooth_gradcam_plus_plus(net, pictures, tmp_path):
+    """In float64: where the two terms of the denominator cancel, float32 is off by up to 4e-3."""
+    double, x = copy.deepcopy(net).double(), pictures.double()
+    file = exported(double, x, tmp_path / "double.onnx")
+    for layer in LAYERS:
+        path = tmp_path / "explained.onnx"
+        attach(file, path, emit=["cam"], method="smoothgradcam++", layer=layer, compat="torchcam")
+        got = run(onnx.load(path), {"x": x.numpy(), "cam_class": np.array([CLASSES])}, by="ref")["cam"]
+        for k, index in enumerate(CLASSES):
+            module = double.get_submodule(layer)
+            (expected,) = peers.by_torchcam("smoothgradcam++", double, [module], x, index)
+            np.testing.assert_allclose(got[:, k], expected, atol=2e-6)  # 5e-7 measured: cam is float32
 
 
 def test_torchcams_cam(pictures, tmp_path):
@@ -286,7 +310,6 @@ def test_counterfactual_is_the_map_of_the_negative_score(net, pictures, file, di
         ("pytorch-grad-cam", "fullgrad"),
         ("torchcam", "gradcam++"),
         ("torchcam", "scorecam"),
-        ("torchcam", "sscam"),
         ("torchcam", "iscam"),
         ("torchcam", "smoothgradcam++"),
         ("torchcam", "finercam"),
@@ -413,12 +436,16 @@ def test_what_a_dialect_lacks_is_one_clear_line(file, options, message):
     assert "\n" not in str(raised.value)
 
 
+OTHER_COSTS = [("torchcam", "smoothgradcam++"), ("torchcam", "iscam"), ("captum", "smoothgrad")]
+"""What takes another number of samples or steps than the paper."""
+
+
 def test_own_forms_say_their_formula():
     for dialect in DIALECTS.values():
         for name, method in dialect.methods.items():
             assert method.name == name
             assert method.summary, (dialect.name, name)
-            if method is not METHODS[name]:
+            if method is not METHODS[name] and (dialect.name, name) not in OTHER_COSTS:
                 assert method.cost == METHODS[name].cost
 
 
