@@ -89,7 +89,8 @@ def attach(
             less the mean of its three nearest (``rivals``), or any weighted sum of scores (``seed``). None:
             what the method explains, mostly the class.
         evidence: what of the map is kept: ``for`` the class (above zero), ``against`` it (below zero),
-            ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper.
+            ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper,
+            which is ``both`` for what is signed there, such as integrated gradients.
         fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``. None: the first of
             these that the dialect has.
         smooth: ``augmentation`` averages over mirrored, weaker and stronger pictures; ``eigen`` takes the
@@ -131,6 +132,7 @@ def attach(
     named(method)
     made = dialect.method(method)
     target = _target(made, target)
+    evidence = evidence or ("both" if made.signed else None)
     dialect.check(made, target, evidence, smooth)
     request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     score = dialect.scored(score)

@@ -29,13 +29,13 @@ _POINTS = 50
 _SAMPLES = 5
 
 
-@method("gradcam", cost="1 backward", rectified=False, into=OWN)
+@method("gradcam", cost="1 backward", rectified=False, signed=True, into=OWN)
 def gradcam(op: Emitter, da: Value) -> Value:
     """sum_k <g_k> A_k, signed: LayerGradCam."""
     return op.ReduceMean(da, PLANE, keepdims=0)
 
 
-@method("hirescam", cost="1 backward", rectified=False, into=OWN)
+@method("hirescam", cost="1 backward", rectified=False, signed=True, into=OWN)
 def hirescam(op: Emitter, da: Value) -> Value:
     """sum_k g_k A_k, signed: LayerGradientXActivation."""
     return da
@@ -60,6 +60,7 @@ def saliency(op: Emitter, da: Value) -> Value:
     cost=f"{_POINTS} and {_POINTS} backward",
     gives="terms",
     rectified=False,
+    signed=True,
     at_picture=True,
     into=OWN,
 )
@@ -91,6 +92,7 @@ def smoothgrad(op: Emitter, probe: "Probe") -> Value:
     cost="1 backward",
     gives="terms",
     rectified=False,
+    signed=True,
     at_picture=True,
     rules="guided relu",
     into=OWN,
@@ -105,6 +107,7 @@ def guidedbackprop(op: Emitter, da: Value) -> Value:
     cost="1 backward",
     gives="terms",
     rectified=False,
+    signed=True,
     at_picture=True,
     rules="deconvnet relu",
     into=OWN,
@@ -114,7 +117,9 @@ def deconvnet(op: Emitter, da: Value) -> Value:
     return da
 
 
-@method("guidedgradcam", cost="2 backward", gives="terms", rectified=False, full_size=True, into=OWN)
+@method(
+    "guidedgradcam", cost="2 backward", gives="terms", rectified=False, signed=True, full_size=True, into=OWN
+)
 def guidedgradcam(op: Emitter, probe: "Probe") -> Value:
     """sum_c g_c up(ReLU(L)), g by guidedbackprop and L the map of gradcam, brought up by `heatmap`."""
     a = op.Unsqueeze(probe.activation(), [1])

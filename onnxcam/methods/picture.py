@@ -36,7 +36,7 @@ def saliency(op: Emitter, da: Value) -> Value:
     return da
 
 
-@method("inputxgradient", cost="1 backward", gives="terms", rectified=False, at_picture=True)
+@method("inputxgradient", cost="1 backward", gives="terms", rectified=False, signed=True, at_picture=True)
 def inputxgradient(op: Emitter, a: Value, da: Value) -> Value:
     """sum_c x_c g_c, signed. Shrikumar et al. 2016, arXiv:1605.01713."""
     return op.Mul(a, da)
@@ -47,6 +47,7 @@ def inputxgradient(op: Emitter, a: Value, da: Value) -> Value:
     cost=f"{_STEPS} and {_STEPS} backward",
     gives="terms",
     rectified=False,
+    signed=True,
     at_picture=True,
 )
 def integratedgradients(op: Emitter, probe: "Probe") -> Value:
