@@ -41,6 +41,7 @@ TORCHCAM = {
     "iscam": "ISCAM",
     "smoothgradcam++": "SmoothGradCAMpp",
     "finercam": "FinerCAM",
+    "legrad": "LeGrad",
 }
 CAPTUM = {
     "inputxgradient": "InputXGradient",
@@ -149,6 +150,8 @@ def by_torchcam(method, model, layers, pictures, index, planes=None, sign=1, hea
     import torchcam.methods
 
     options = {"fc_layer": head} if method == "cam" else {"reshape_transform": planes}
+    if method == "legrad":
+        layers, options = list(model.encoder.layers), {}
     wanted = {"class_idx": index} if sign == 1 else {"targets": lambda scores: sign * scores[index]}
     with getattr(torchcam.methods, TORCHCAM[method])(model, layers, **options) as extractor:
         if hasattr(extractor, "_distrib"):

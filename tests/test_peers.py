@@ -175,7 +175,7 @@ def test_pytorch_grad_cam_smooths(net, pictures, file, method, smooth):
 @pytest.mark.parametrize(
     ("method", "layer"),
     [
-        *everywhere("torchcam", "cam", "smoothgradcam++", "sscam", "iscam"),
+        *everywhere("torchcam", "cam", "legrad", "smoothgradcam++", "sscam", "iscam"),
         ("sscam", LAYERS[0]),  # 35 and 10 runs for each channel
         ("iscam", LAYERS[0]),
     ],
@@ -200,6 +200,24 @@ def test_torchcams_smooth_gradcam_plus_plus(net, pictures, tmp_path):
             module = double.get_submodule(layer)
             (expected,) = peers.by_torchcam("smoothgradcam++", double, [module], x, index)
             np.testing.assert_allclose(got[:, k], expected, atol=2e-6)  # 5e-7 measured: cam is float32
+
+
+def test_torchcams_legrad(tmp_path):
+    """Whose score is the head's on the mean of each layer's tokens; the model's own gives another map."""
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    module = VisionTransformer(24, 8, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=16, num_classes=5)
+    torch.nn.init.normal_(module.heads.head.weight)  # torchvision starts at zero, without any gradient
+    x = torch.randn(2, 3, 24, 24)
+    file = exported(module.eval(), x, tmp_path / "vit.onnx")
+    own, paper = (
+        explained(file, x, "cam", method="legrad", compat=name)[0] for name in ("torchcam", "paper")
+    )
+    for k, index in enumerate(CLASSES):
+        (expected,) = peers.by_torchcam("legrad", module, None, x, index)
+        np.testing.assert_allclose(own[:, k], expected, atol=TOLERANCE)
+    assert np.abs(own - unit(paper)).max() > 50 * TOLERANCE
 
 
 def test_torchcams_cam(pictures, tmp_path):
@@ -436,7 +454,12 @@ def test_what_a_dialect_lacks_is_one_clear_line(file, options, message):
     assert "\n" not in str(raised.value)
 
 
-OTHER_COSTS = [("torchcam", "smoothgradcam++"), ("torchcam", "iscam"), ("captum", "smoothgrad")]
+OTHER_COSTS = [
+    ("torchcam", "legrad"),
+    ("torchcam", "smoothgradcam++"),
+    ("torchcam", "iscam"),
+    ("captum", "smoothgrad"),
+]
 """What takes another number of samples or steps than the paper."""
 
 

@@ -100,6 +100,27 @@ def finercam(op: Emitter, da: Value) -> Value:
     return op.ReduceMean(da, PLANE, keepdims=0)
 
 
+@method(
+    "legrad",
+    cost="1 backward, and the head for each layer",
+    gives="map",
+    rectified=False,
+    unsigned=True,
+    requires="attention",
+    instead="gradcam, which needs none",
+    into=OWN,
+)
+def legrad(op: Emitter, probe: "Probe") -> Value:
+    """Mean over layers, heads and queries of relu(dy_l/dS_l), y_l the head on the mean of its tokens."""
+
+    def of(da: Value) -> list[Value]:
+        tokens = op.ReduceMean(op.Relu(da), [2, 3], keepdims=0)  # [N,k,T]
+        return [op.Squeeze(probe.grid.planes(op, op.Unsqueeze(tokens, [3])), [2])]
+
+    maps = [run.per_sum_at([weights], of)[0] for weights, run in probe.early_exits()]
+    return maps[0] if len(maps) == 1 else op.Mean(*maps)
+
+
 def less_some(op: Emitter, scores: Value, index: Value, rivals: Value) -> Value:
     """The score less 0.6 times the mean of the rivals' y."""
     return less_mean(op, scores, index, rivals, 0.6)
