@@ -3,8 +3,8 @@
 Each peer explains a PyTorch module and onnxcam, in that peer's dialect, an ONNX file of the same weights, on
 the same batch of pictures. Real weights and photos: files of ``models/``, each of whose nodes becomes a
 PyTorch module here for a peer to look at. Random weights and pictures: torchvision's networks, exported.
-It fails where a map is further off than `GOAL`, or than `EXCEPTIONS` allows and explains; ``make parity-check``
-only looks for that.
+It fails where a map is further off than `GOAL`, or than `EXCEPTIONS` allows and explains; ``make
+parity-check`` only looks for that.
 """
 
 import contextlib

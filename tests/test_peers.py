@@ -438,6 +438,14 @@ def test_a_map_of_zeros_is_zero_not_a_division_by_nothing(dialect, flat, picture
             "torchcam has no smoothing 'eigen'; it has no smoothing",
         ),
         ({"compat": "torchcam", "fuse": "mean"}, "torchcam joins layers only by max or product, not by mean"),
+        (
+            {"compat": "torchcam", "method": "xgradcam", "target": "rivals"},
+            "torchcam explains the target rivals only by finercam, gradcam, gradcam++, layercam",
+        ),
+        (
+            {"compat": "pytorch-grad-cam", "method": "finercam", "smooth": ["augmentation"]},
+            "pytorch-grad-cam has no smoothing 'augmentation' of the target rivals",
+        ),
         ({"compat": "captum", "fuse": "max"}, "captum joins layers in no way, not by max"),
         ({"compat": "captum", "layer": LAYERS}, "captum does not join the maps of several layers"),
         (
