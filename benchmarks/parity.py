@@ -44,19 +44,14 @@ MANY_RUNS = ("sscam", "iscam", "integratedgradients", "smoothgradcam++", "smooth
 
 EXCEPTIONS = {
     ("ViT", "ablationcam", "pytorch-grad-cam"): ("a", 1.0),
+    ("MobileNetV2", "kpcacam", "pytorch-grad-cam"): ("e", 1.0),
     ("EfficientNet-Lite0", "gradcam++", "pytorch-grad-cam"): ("b", 5e-3),
     ("EfficientNet-Lite0", "gradcam, augmentation", "pytorch-grad-cam"): ("c", 5e-3),
     ("SqueezeNet 1.1", "gradcam, augmentation", "pytorch-grad-cam"): ("c", 5e-3),
-    ("EfficientNet-Lite0", "guidedbackprop", "pytorch-grad-cam"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "inputxgradient", "captum"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "saliency", "captum"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "integratedgradients", "captum"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "smoothgrad", "captum"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "guidedbackprop", "captum"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "deconvnet", "captum"): ("d", 5e-2),
-    ("EfficientNet-Lite0", "guidedgradcam", "captum"): ("d", 5e-2),
 }
 """Which reason explains what may be further off, and how far at most."""
+AT_PICTURE = 5e-2
+"""How far the methods with a value for each pixel may be off at most, by reason d."""
 REASONS = {
     "a": "The peer's layer for transformers leaves a channel out in the class token too, and takes the "
     "minimum that it puts there over all tokens; here the channel changes on the map's plane. With a layer "
@@ -66,9 +61,11 @@ REASONS = {
     "c": "Rounding at a kink: in a run or two of the six the input of a ReLU is 0 within rounding (one in "
     "SqueezeNet is -2e-5 in float64 and 9e-6 in onnxruntime), and its gradient that of one branch or the "
     "other. That moves a run's map by up to 6e-3; in Lite0 also the peer's own, from float32 to float64.",
-    "d": "Rounding at kinks again, pixel by pixel: of the gradient by the picture 4 values in 10,000 differ by "
-    "more than 0.001 of the largest. The peer's own saliency is up to 1.3e-2 from float32 to float64, and "
-    "onnxcam's up to 1.6e-2 from that.",
+    "d": "Rounding at kinks again, pixel by pixel. The peers' own float32 is up to 3.3e-2 of the largest "
+    "value from their float64 (saliency in ResNet-18; onnxcam is within 7e-7 of that), onnxcam's up to "
+    "1.6e-2 (Lite0, where 4 values in 10,000 are further than 0.001 from the peer's).",
+    "e": "Activations of at most 4e-4 and 1e-8, of random weights, leave the kernel constant up to rounding: "
+    "the peer's own map is another in float64, by up to 1.",
 }
 
 HEAD = """\
@@ -389,6 +386,8 @@ def table(case):
             begun = time.perf_counter()
             worst = max(difference(case, dialect, method, layers, smooth) for layers in choices)
             note, limit = EXCEPTIONS.get((case.name, row, dialect), (None, GOAL))
+            if worst > GOAL and (METHODS[method].at_picture or METHODS[method].full_size):
+                note, limit = "d", AT_PICTURE
             if worst > limit:
                 unexplained.append((case.name, row, dialect, worst))
             cell = f"{worst:.0e}"
