@@ -90,7 +90,8 @@ def attach(
             less the mean of its three nearest (``rivals``), or any weighted sum of scores (``seed``). None:
             what the method explains, mostly the class.
         evidence: what of the map is kept: ``for`` the class (above zero), ``against`` it (below zero),
-            ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper.
+            ``both``, or ``counterfactual``, the map of the negative score. None: as in the method's paper,
+            which is ``both`` for what is signed there, such as integrated gradients.
         fuse: how the maps of several layers are joined: ``mean``, ``max`` or ``product``. None: the first of
             these that the dialect has.
         smooth: ``augmentation`` averages over mirrored, weaker and stronger pictures; ``eigen`` takes the
@@ -133,9 +134,10 @@ def attach(
     dialect = DIALECTS[compat]
     named(method)
     made = dialect.method(method)
-    dialect.check(made, evidence, smooth)
-    request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     target = _target(made, target)
+    evidence = evidence or ("both" if made.signed else None)
+    dialect.check(made, target, evidence, smooth)
+    request = Request(made, dialect, evidence, dialect.fusion(fuse), tuple(smooth))
     score = dialect.scored(score)
     _one_of("class input", class_input, CLASS_INPUTS)
     for name in emit:
@@ -289,7 +291,7 @@ def _explain(
         explained = _as_rows(op, _logits(op, found))
         if score == "after":
             explained = ranked if found.are == "probabilities" else op.Softmax(explained, axis=1)
-        seeds = add_seeds(op, target, ranked, explained, optional)
+        seeds = add_seeds(op, target, ranked, explained, optional, request.dialect.contrast)
         if request.evidence == "counterfactual":
             seeds = seeds.negated(op)
     for source in sources:

@@ -154,6 +154,10 @@ Target = Annotated[
         f"nearest ({TARGETS[2]}), or any weighted sum of scores ({TARGETS[3]})."
     ),
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="CLASS", help="The class to compare with; makes the target contrast."),
+]
 Evidence = Annotated[
     str | None,
     typer.Option(
@@ -270,10 +274,7 @@ def run(
     compat: Compat = None,
     score: Score = None,
     scores: Scores = None,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="CLASS", help="The class to compare with; makes the target contrast."),
-    ] = None,
+    against: Against = None,
     seed: Annotated[
         Path | None,
         typer.Option(
@@ -542,6 +543,8 @@ def compare(
     output: Drawing,
     classes: Classes = None,
     layer: Layers = None,
+    target: Target = None,
+    against: Against = None,
     evidence: Evidence = None,
     fuse: Fuse = None,
     smooth: Smooth = None,
@@ -575,6 +578,8 @@ def compare(
         _parts(methods),
         classes or -1,
         layer=layer,
+        against=against or -2,
+        target=target or ("contrast" if against else None),
         evidence=evidence,
         fuse=fuse,
         smooth=smooth,

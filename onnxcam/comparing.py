@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcam import onnxfile
 from onnxcam.card import Card
+from onnxcam.dialects import DIALECTS
 from onnxcam.errors import OnnxcamError
 from onnxcam.methods import METHODS, named
 from onnxcam.render import OPACITY, SMALLER, Row, comparison
@@ -39,7 +40,13 @@ class Comparison:
     title: str
 
     def sheet(self, opacity: float = OPACITY) -> "Image.Image":
-        """Draw a row for each method, with the photo and a column for each class."""
+        """Draw a row for each method, with the photo and a column for each class.
+
+        Where some maps are signed and others not, the colour bar is that of the others and a signed one says
+        what its colours mean.
+        """
+        kinds = {found.card.evidence for found in self.explanations.values()}
+        evidence = kinds.pop() if len(kinds) == 1 else None
         rows = []
         for name in self.methods:
             if name in self.reasons:
@@ -47,9 +54,11 @@ class Comparison:
                 continue
             found = self.explanations[name]
             photo, columns = found.columns(SMALLER, opacity)
-            facts = [f"at {found.card.module or found.card.layer}", f"cost: {METHODS[name].cost}"]
+            made = DIALECTS[found.card.compat or "paper"].methods[name]
+            facts = [f"at {found.card.module or found.card.layer}", f"cost: {made.cost}"]
+            if found.card.evidence != evidence:
+                facts.append("red: for, blue: against")
             rows.append(Row(name, facts, columns))
-        evidence = found.card.evidence
         return comparison(photo, rows, f"{SHOWS[evidence]}{self.title}", evidence)
 
 
@@ -60,6 +69,7 @@ def compare(
     classes: ClassRequest | Iterable[ClassRequest] = -1,
     *,
     layer: str | Sequence[str] | None = None,
+    against: ClassRequest = -2,
     **options: Any,
 ) -> Comparison:
     """Explain one picture with several methods.
@@ -70,6 +80,7 @@ def compare(
         methods: keys of ``onnxcam.methods.METHODS``.
         classes: as in `onnxcam.Explainer`.
         layer: for those methods that do not look at the picture itself.
+        against: as in `onnxcam.Explainer`, for the target ``contrast``.
         options: keyword arguments of `onnxcam.Explainer` other than the method.
 
     Raises:
@@ -95,7 +106,7 @@ def compare(
             explainer = Explainer(model, method=name, layer=where, **options)
             wanted = explainer.resolve(classes)
             start = time.perf_counter()
-            explanations[name] = explainer(picture, wanted)
+            explanations[name] = explainer(picture, wanted, against=against)
             seconds[name] = time.perf_counter() - start
         except OnnxcamError as error:
             reasons[name] = str(error)

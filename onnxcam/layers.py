@@ -349,6 +349,33 @@ def attention_maps(source: ir.Value, scores: ir.Value) -> list[ir.Value]:
     return found
 
 
+def block_tokens(attention: Sequence[ir.Value], scores: ir.Value) -> list[ir.Value]:
+    """Find the tokens [N,T,C] that each attention's block makes of its sum with what came in.
+
+    They are the last sum of two activations through which all goes on its way from the attention to the next
+    one, or to the scores.
+
+    Raises:
+        OnnxcamError: a block has no such sum.
+    """
+    found = []
+    for softmax, following in zip(attention, [*attention[1:], scores], strict=True):
+        ways = list(bottlenecks(path(following, softmax), following))
+        sums = [value for value in ways if _adds(value) and dims(value)[1] == dims(softmax)[3]]
+        if not sums:
+            raise OnnxcamError(f"nothing is added to the tokens after the attention {softmax.name!r}")
+        found.append(sums[-1])
+    return found
+
+
+def _adds(value: ir.Value) -> bool:
+    """Whether `value` is a sum of two activations with three axes."""
+    node = value.producer()
+    if node is None or node.op_type != "Add" or node.domain or value.shape is None or len(value.shape) != 3:
+        return False
+    return not any(x is None or is_constant(x) for x in node.inputs)
+
+
 def _weighs(value: ir.Value) -> bool:
     """Whether a matrix product sums something with the weights `value`."""
     for node, place in value.uses():

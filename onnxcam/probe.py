@@ -101,6 +101,24 @@ class Probe:
         """The weights [N,heads,queries,T] with which the layer's T tokens are attended to after it."""
         return layers.attention_maps(self.layer, self.scores)
 
+    def early_exits(self) -> "list[tuple[Value, Probe]]":
+        """For each `attention`: its weights, and the run where its block is the last before the head.
+
+        There every token is the mean of those that the block makes.
+
+        Raises:
+            OnnxcamError: a block is not found.
+        """
+        op, attention = self.op, self.attention()
+        tokens = layers.block_tokens(attention, self.scores)
+        exits = []
+        for weights, made in zip(attention, tokens, strict=True):
+            mean = op.Expand(op.ReduceMean(made, [1], keepdims=1), op.Shape(made))
+            mean.shape = made.shape
+            (scores,) = replay(op, [self.scores], {tokens[-1]: mean})
+            exits.append((weights, dataclasses.replace(self, scores=scores)))
+        return exits
+
     def curvature(self, da: Value) -> Value | None:
         """Return H A [N,1,C,h,w], H the second derivative of the one sum that `da` [N,1,C,h,w] belongs to.
 

@@ -1,5 +1,8 @@
 """What of the scores is explained, and the inputs by which a run says it."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
@@ -16,6 +19,17 @@ RIVALS = 3
 """How many classes of the nearest scores are rivals; Finer-CAM (Zhang et al. 2025, arXiv:2501.11309): 3."""
 
 
+Contrast: TypeAlias = "Callable[[Emitter, Value, Value, Value], Value]"
+"""``contrast(op, scores, index, rivals)``: what the score of a class less its rivals' is, as its gradient
+[N,K,M] by the scores [N,M]; ``index`` is int64 [N,K], ``rivals`` int64 [N,K,R]."""
+
+
+def less_mean(op: Emitter, scores: Value, index: Value, rivals: Value, strength: float = 1.0) -> Value:
+    """The score less `strength` times the mean of the rivals'. Zhang et al. 2025, arXiv:2501.11309."""
+    others = op.ReduceMean(one_hot(op, rivals, scores), [2], keepdims=0)
+    return op.Sub(one_hot(op, index, scores), others if strength == 1.0 else op.Mul(others, strength))
+
+
 def inputs_of(target: str, dense: bool) -> list[str]:
     """Names of the inputs that `target` adds, for scores [N,M] or `dense` ones [N,M,H,W]."""
     if target == "seed":
@@ -23,7 +37,14 @@ def inputs_of(target: str, dense: bool) -> list[str]:
     return [CLASS, *([AGAINST] if target == "contrast" else []), *([MASK] if dense else [])]
 
 
-def add_seeds(op: Emitter, target: str, ranked: Value, scores: Value, optional: bool) -> Seeds:
+def add_seeds(
+    op: Emitter,
+    target: str,
+    ranked: Value,
+    scores: Value,
+    optional: bool,
+    contrast: Contrast = less_mean,
+) -> Seeds:
     """Add the inputs of `target` to the graph and return the sums of scores that they ask for.
 
     Args:
@@ -33,6 +54,7 @@ def add_seeds(op: Emitter, target: str, ranked: Value, scores: Value, optional: 
         scores: what is explained: [N,M], or [N,M,H,W], whose sum over the mask is the score of a class; for
             ``seed`` of any shape [N,...].
         optional: whether the inputs have defaults, where there are sensible ones.
+        contrast: what ``rivals`` explains.
     """
     if target == "seed":
         seed = Value(name=SEED, shape=scores.shape, type=scores.type)
@@ -52,15 +74,15 @@ def add_seeds(op: Emitter, target: str, ranked: Value, scores: Value, optional: 
         other, known = (op.Expand(value, op.Shape(index)) for value in (other, known))
         valid = op.And(valid, known)
         seeds = Seeds(
-            (index, other), lambda a, b: op.Sub(_one_hot(op, a, scores), _one_hot(op, b, scores)), valid
+            (index, other), lambda a, b: op.Sub(one_hot(op, a, scores), one_hot(op, b, scores)), valid
         )
     elif target == "rivals":
         if dims(scores)[1] == 1:
             raise OnnxcamError("the only class has no rivals; explain its score: --target class")
-        rivals = _rivals(op, scores, index)
-        seeds = Seeds((index, rivals), lambda a, r: _less_rivals(op, a, r, scores), valid)
+        weights = contrast(op, scores, index, _rivals(op, scores, index))
+        seeds = Seeds((weights,), lambda rows: rows, valid)
     else:
-        seeds = Seeds((index,), lambda a: _one_hot(op, a, scores), valid)
+        seeds = Seeds((index,), lambda a: one_hot(op, a, scores), valid)
     return seeds if mask is None else _over_mask(op, seeds, mask, dense)
 
 
@@ -110,17 +132,11 @@ def _rivals(op: Emitter, scores: Value, index: Value) -> Value:
     """The classes whose scores are nearest to those of the classes asked for, int64 [N,K,R]."""
     own = op.Unsqueeze(op.GatherElements(scores, index, axis=1), [2])
     distance = op.Abs(op.Sub(op.Unsqueeze(scores, [1]), own))
-    flat = op.Reshape(_one_hot(op, op.Reshape(index, [-1]), scores), op.Shape(distance))
+    flat = op.Reshape(one_hot(op, op.Reshape(index, [-1]), scores), op.Shape(distance))
     distance = op.Where(op.Greater(flat, 0.0), np.inf, distance)
     others = op.Min(op.Sub(op.Shape(scores, start=1, end=2), 1), np.array([RIVALS]))
     _, nearest = op.TopK(distance, others, largest=0, outputs=2)
     return nearest
-
-
-def _less_rivals(op: Emitter, index: Value, rivals: Value, scores: Value) -> Value:
-    """One-hot rows less the mean of those of the rivals."""
-    assert scores.dtype is not None
-    return op.Sub(_one_hot(op, index, scores), op.ReduceMean(_one_hot(op, rivals, scores), [1], keepdims=0))
 
 
 def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, Value]:
@@ -151,7 +167,8 @@ def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, 
     return index, valid
 
 
-def _one_hot(op: Emitter, index: Value, scores: Value) -> Value:
+def one_hot(op: Emitter, index: Value, scores: Value) -> Value:
+    """Return 1 at `index` [...] and 0 elsewhere, [...,M] for scores [N,M] and in their dtype."""
     assert scores.dtype is not None
     count = dims(scores)[1]
     depth = np.int64(count) if isinstance(count, int) else op.Squeeze(op.Shape(scores, start=1, end=2), [0])

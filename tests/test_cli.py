@@ -313,6 +313,12 @@ def test_compare(call, small, photo, tmp_path):
     )
     with Image.open(out) as image:
         assert image.format == "PNG"
+    options = ("--methods", "gradcam", "-c", 0, "-o", out)
+    assert call("compare", small, photo, *options, "--against", 1, *FLAGS)[0] == 0
+    is_refused(
+        call("compare", small, photo, *options, "--target", "class", "--against", 1, *FLAGS),
+        "explains the target class, which compares no classes",
+    )
 
 
 def test_compare_names_a_method_that_cannot_be_applied_and_the_rest_go_on(call, small, photo, tmp_path):
@@ -885,7 +891,7 @@ def test_help_names_every_option(call, command):
         "export": f"--output --weights --input-size {maps} --emit --class-input --labels "
         "--color --scale --mean --std --resize --interpolation",
         "compare": f"--methods --output --class {maps} --scores --provider --opacity {facts}".replace(
-            " --method ", " "
+            " --method ", " --target --against "
         ),
         "filters": "--output --color --scores",
         "activations": f"--output --layer --scores {facts}".replace(" --labels", ""),

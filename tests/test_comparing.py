@@ -39,6 +39,33 @@ def test_the_sheet_shows_the_overlays_of_each(small, photo, monkeypatch):
             assert (column.label, column.score) == (str(k), alone.classes[k].score)
 
 
+def test_a_signed_map_beside_others_says_what_its_colors_mean(small, photo, monkeypatch):
+    found = compare(small, photo, ["gradcam", "inputxgradient"], preprocess=FACTS)
+    assert [e.card.evidence for e in found.explanations.values()] == [None, "both"]
+    signed = found.explanations["inputxgradient"]
+    assert signed.heatmap.min() < 0 < signed.heatmap.max()
+    rows, title, evidence = drawn(monkeypatch, found)[1:]
+    assert ["red: for, blue: against" in row.facts for row in rows] == [False, True]
+    assert (title, evidence) == ("model.onnx on photo.png", None)
+    alone = compare(small, photo, ["inputxgradient"], preprocess=FACTS)
+    rows, title, evidence = drawn(monkeypatch, alone)[1:]
+    assert "red: for, blue: against" not in rows[0].facts
+    assert (title, evidence) == ("For and against the class: model.onnx on photo.png", "both")
+
+
+def test_another_target(small, photo):
+    names = ["gradcam", "finercam"]
+    options = {"preprocess": FACTS, "layer": "conv", "target": "contrast"}
+    found = compare(small, photo, names, 0, against=2, **options)
+    assert found.reasons == {
+        "finercam": "finercam explains the target rivals, not contrast; use gradcam for that"
+    }
+    alone = Explainer(small, method="gradcam", **options)(photo, 0, against=2)
+    np.testing.assert_array_equal(found.explanations["gradcam"].cam, alone.cam)
+    other = Explainer(small, method="gradcam", **options)(photo, 0, against=1)
+    assert np.abs(other.cam - alone.cam).max() > 0
+
+
 def drawn(monkeypatch, found, *options):
     """What a comparison hands over to be drawn."""
     seen = []

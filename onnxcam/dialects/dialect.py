@@ -9,6 +9,7 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.methods import Method
 from onnxcam.methods.algebra import Size, first_component
+from onnxcam.targets import Contrast, less_mean
 
 
 def _as_it_is(_op: Emitter, cam: Value) -> Value:
@@ -39,6 +40,8 @@ class Dialect:
         projection: ``projection(op, terms)``, what eigen smoothing makes of [N,K,C,h,w] instead of the sum.
         averages_heatmaps: whether smoothing by augmentation averages heat maps instead of maps.
         score: ``before`` or ``after`` the softmax, where the library leaves no choice.
+        contrast: what the target ``rivals`` explains.
+        contrasted: the methods that can explain it, where not all can.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Dialect:
     projection: Callable[[Emitter, Value], Value] = first_component
     averages_heatmaps: bool = False
     score: str | None = None
+    contrast: Contrast = less_mean
+    contrasted: Sequence[str] | None = None
 
     def method(self, name: str) -> Method:
         """Return the method called `name` as this library does it.
@@ -90,12 +95,19 @@ class Dialect:
             raise OnnxcamError(f"{self.name} joins layers {ways}, not by {asked}")
         return asked or next(iter(self.fusions), None)
 
-    def check(self, method: Method, evidence: str | None, smooth: Sequence[str]) -> None:
-        """Raise an error where the library has no such evidence or smoothing.
+    def check(self, method: Method, target: str, evidence: str | None, smooth: Sequence[str]) -> None:
+        """Raise an error where the library has no such target, evidence or smoothing.
 
         Raises:
             OnnxcamError: it has not.
         """
+        if target == "rivals" and self.contrasted is not None:
+            if method.name not in self.contrasted:
+                raise OnnxcamError(
+                    f"{self.name} explains the target rivals only by {', '.join(self.contrasted)}"
+                )
+            if "augmentation" in smooth:
+                raise OnnxcamError(f"{self.name} has no smoothing 'augmentation' of the target rivals")
         own = "for" if method.rectified else "both"
         allowed = list(dict.fromkeys([own, *self.evidence]))
         if evidence is not None and evidence not in allowed:

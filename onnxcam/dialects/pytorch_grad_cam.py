@@ -14,7 +14,20 @@ from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
 from onnxcam.methods import METHODS, Method, method
 from onnxcam.methods.activation import fem as share_beyond
-from onnxcam.methods.algebra import PLANE, Size, first_component, resized, scaled, summed
+from onnxcam.methods.algebra import (
+    PLANE,
+    Size,
+    first_component,
+    first_kernel_component,
+    largest,
+    resized,
+    scaled,
+    summed,
+    total,
+    widened,
+)
+from onnxcam.methods.perturbation import masked, scored
+from onnxcam.targets import one_hot
 
 if TYPE_CHECKING:
     from onnxcam.probe import Probe
@@ -100,14 +113,102 @@ def ablationcam(op: Emitter, probe: "Probe") -> Value:
 @method("scorecam", cost="C", into=OWN)
 def scorecam(op: Emitter, probe: "Probe") -> Value:
     """ReLU(sum_k w_k A_k), w = softmax over k of y(X o s(up(A_k))): up with aligned corners, s with 1e-8."""
-    channels = op.Transpose(probe.activation(), perm=[1, 0, 2, 3])
 
-    def masked(channel: Value) -> Value:
-        full = resized(op, op.Unsqueeze(channel, [1]), probe.size(), centres="align_corners")
-        return probe.on(op.Mul(probe.picture, probe.over_picture(scaled(op, full, 1e-8)))).y()
+    def mask(channel: Value) -> Value:
+        return scaled(op, resized(op, channel, probe.size(), centres="align_corners"), 1e-8)
 
-    scores = op.Transpose(probe.each(channels, masked), perm=[1, 2, 0])  # [N,K,C]
-    return op.Softmax(scores, axis=2)
+    return scored(op, probe, mask, lambda mask: probe.on(masked(op, probe, mask)).y())
+
+
+@method("finercam", cost="1 backward", target="rivals", into=OWN)
+def finercam(op: Emitter, da: Value) -> Value:
+    """ReLU(sum_k <g_k> A_k), g of sum_j p_j (y - y_j) / (sum_j p_j + 1e-9), see `weighed_rivals`."""
+    return op.ReduceMean(da, PLANE, keepdims=0)
+
+
+def weighed_rivals(op: Emitter, scores: Value, index: Value, rivals: Value) -> Value:
+    """sum_j p_j (y - y_j) / (sum_j p_j + 1e-9) over the rivals j, p the softmax, which is differentiated too.
+
+    With q_j = p_j / (sum p + 1e-9) and s the sum, its gradient is sum q at the class, q_j (y - y_j - s - 1)
+    at a rival, and -p s 1e-9 / (sum p + 1e-9) everywhere.
+    """
+    y = widened(op, scores)
+    p = op.Softmax(y, axis=1)
+
+    def at(values: Value, places: Value) -> Value:
+        return op.Reshape(op.GatherElements(values, op.Reshape(places, [0, -1]), axis=1), op.Shape(places))
+
+    chance = at(p, rivals)  # [N,K,R]
+    away = op.Sub(op.Unsqueeze(at(y, index), [2]), at(y, rivals))
+    total = op.Add(op.ReduceSum(chance, [2], keepdims=1), 1e-9)
+    q = op.Div(chance, total)
+    s = op.ReduceSum(op.Mul(q, away), [2], keepdims=1)
+    own = op.Mul(one_hot(op, index, y), op.ReduceSum(q, [2], keepdims=1))
+    others = op.Mul(one_hot(op, rivals, y), op.Unsqueeze(op.Mul(q, op.Sub(op.Sub(away, s), 1.0)), [3]))
+    everywhere = op.Mul(op.Unsqueeze(p, [1]), op.Mul(op.Div(s, total), -1e-9))
+    found = op.Add(op.Add(own, op.ReduceSum(others, [2], keepdims=0)), everywhere)
+    return op.CastLike(found, scores)
+
+
+@method("kpcacam", cost="none", gives="map", into=OWN)
+def kpcacam(op: Emitter, a: Value) -> Value:
+    """ReLU of A's first kernel principal component as in the paper."""
+    return first_kernel_component(op, a)
+
+
+@method(
+    "guidedbackprop",
+    cost="1 backward",
+    gives="terms",
+    over_channels=largest,
+    rectified=False,
+    unsigned=True,
+    at_picture=True,
+    rules="guided relu",
+    into=OWN,
+)
+def guidedbackprop(op: Emitter, da: Value) -> Value:
+    """max_c |g_c|, where only what is positive passes back through a ReLU, but all through a ReLU6.
+
+    What its GuidedBackpropReLUModel returns, for one picture as [h,w,c], is g itself: the attributions.
+    """
+    return da
+
+
+@method(
+    "fullgrad",
+    cost="1 backward",
+    gives="map",
+    rectified=False,
+    unsigned=True,
+    at_picture=True,
+    requires="biases",
+    instead="inputxgradient, its first term",
+    into=OWN,
+)
+def fullgrad(op: Emitter, probe: "Probe") -> Value:
+    """sum_c s(|x_c g_c|) + sum of s(|b_c dy/db_c|) over biases of convolutions and batch normalisations.
+
+    s scales each channel by its own minimum and maximum, with 1e-7, and resizes it to the picture. Biases of
+    other layers are left out. A convolution with a bias and a batch normalisation after it may be one
+    convolution in the file, with one bias.
+    """
+    found = [
+        (value, bias, grid)
+        for value, bias, grid in probe.biases()
+        if grid is not None and value.producer().op_type in ("Conv", "BatchNormalization")  # type: ignore[union-attr]
+    ]
+
+    def of(dx: Value, *dbs: Value) -> list[Value]:
+        full = each_scaled(probe.layout.planes(op, op.Mul(dx, op.Unsqueeze(probe.picture, [1]))))
+        for db, (_, bias, grid) in zip(dbs, found, strict=True):
+            full = op.Add(full, resized(op, each_scaled(grid.planes(op, op.Mul(db, bias))), probe.size()))
+        return [full]
+
+    def each_scaled(terms: Value) -> Value:
+        return total(op, scaled(op, op.Abs(terms), 1e-7, PLANE))
+
+    return probe.per_sum_at([probe.picture, *(value for value, _, _ in found)], of)[0]
 
 
 def heatmap(op: Emitter, cam: Value, size: Size, _signed: bool = False) -> Value:
@@ -136,5 +237,16 @@ PYTORCH_GRAD_CAM = Dialect(
     smoothings=("augmentation", "eigen"),
     projection=centred_component,
     averages_heatmaps=True,
+    contrast=weighed_rivals,
+    contrasted=(
+        "finercam",
+        "gradcam",
+        "gradcam++",
+        "xgradcam",
+        "hirescam",
+        "elementwise",
+        "layercam",
+        "eigengradcam",
+    ),
 )
 """Augmentation, its ``aug_smooth``, averages heat maps; the class is that of the picture as it is."""

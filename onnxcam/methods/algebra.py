@@ -98,10 +98,10 @@ def unit(op: Emitter, maps: Value, axes: Sequence[int] = (2, 3)) -> Value:
     return op.Div(op.Sub(maps, low), op.Where(op.Greater(span, 0.0), span, 1.0))
 
 
-def scaled(op: Emitter, maps: Value, epsilon: float) -> Value:
-    """Take each map's minimum from it and divide by what is then the maximum plus `epsilon`."""
-    above = op.Sub(maps, op.ReduceMin(maps, [2, 3], keepdims=1))
-    return op.Div(above, op.Add(op.ReduceMax(above, [2, 3], keepdims=1), epsilon))
+def scaled(op: Emitter, maps: Value, epsilon: float, axes: Sequence[int] = (2, 3)) -> Value:
+    """Take each map's minimum over `axes` from it and divide by what is then the maximum plus `epsilon`."""
+    above = op.Sub(maps, op.ReduceMin(maps, list(axes), keepdims=1))
+    return op.Div(above, op.Add(op.ReduceMax(above, list(axes), keepdims=1), epsilon))
 
 
 def first_component(op: Emitter, x: Value) -> Value:
@@ -117,7 +117,7 @@ def first_component(op: Emitter, x: Value) -> Value:
     Returns:
         [N,K,h,w], in float32 for a narrower `x`: powers of a matrix need its digits and its range.
     """
-    x = _widened(op, x)
+    x = widened(op, x)
     plane = op.Shape(x, start=3)
     lead = op.Shape(x, start=0, end=2)
     rows = op.Reshape(x, op.Concat(lead, op.Shape(x, start=2, end=3), np.array([-1]), axis=0))  # [N,K,C,P]
@@ -146,7 +146,7 @@ def first_kernel_component(op: Emitter, x: Value) -> Value:
     Returns:
         [N,K,h,w], in float32 for a narrower `x`: powers of a matrix need its digits and its range.
     """
-    x = _widened(op, x)
+    x = widened(op, x)
     plane = op.Shape(x, start=3)
     lead = op.Shape(x, start=0, end=2)
     away = op.Sub(x, op.ReduceMean(x, PLANE, keepdims=1))
@@ -167,7 +167,8 @@ def first_kernel_component(op: Emitter, x: Value) -> Value:
     return op.Reshape(_turned_up(op, component), op.Concat(lead, plane, axis=0))
 
 
-def _widened(op: Emitter, x: Value) -> Value:
+def widened(op: Emitter, x: Value) -> Value:
+    """Return `x` in float32 if it is narrower."""
     narrow = x.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     return op.Cast(x, to=ir.DataType.FLOAT) if narrow else x
 

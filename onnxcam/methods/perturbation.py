@@ -14,13 +14,15 @@ from onnxcam.methods.noise import normal_noise
 from onnxcam.methods.registry import method
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from onnxcam.probe import Probe
 
 SAMPLES = 25
 """How many noisy pictures SmoothGrad and Smooth Grad-CAM++ average over."""
 
 _SS_SAMPLES = 35
-_IS_STEPS = 10
+IS_STEPS = 10
 
 
 @method("ablationcam", cost="C times the layers after A")
@@ -65,7 +67,7 @@ def scorecam(op: Emitter, probe: "Probe") -> Value:
     s scales each channel, brought to the size of the picture X, to [0,1] by its own minimum and maximum.
     y(0), the score of the empty picture, is the same for all channels and leaves the softmax as it is.
     """
-    return _scored(op, probe, lambda mask: probe.on(_masked(op, probe, mask)).y())
+    return scored(op, probe, _mask(op, probe), lambda mask: probe.on(masked(op, probe, mask)).y())
 
 
 @method("sscam", cost=f"{_SS_SAMPLES} C")
@@ -75,34 +77,20 @@ def sscam(op: Emitter, probe: "Probe") -> Value:
     SS-CAM(1), arXiv:2006.14255: as scorecam, the mask made noisy 35 times with deviation 2. Every channel is
     tried with the same 35 noises.
     """
-    noise = normal_noise(op, probe.size(), _dtype(probe))
-    numbers = op.constant(np.arange(_SS_SAMPLES))
-
-    def mean(mask: Value) -> Value:
-        def noisy(number: Value) -> Value:
-            return probe.on(
-                _masked(op, probe, op.Add(mask, op.Mul(op.Unsqueeze(noise(number), [1]), 2.0)))
-            ).y()
-
-        return op.ReduceMean(probe.each(numbers, noisy), [0], keepdims=0)
-
-    return _scored(op, probe, mean)
+    return scored(op, probe, _mask(op, probe), over_noise(op, probe))
 
 
-@method("iscam", cost=f"{_IS_STEPS} C")
+@method("iscam", cost=f"{IS_STEPS - 1} C")
 def iscam(op: Emitter, probe: "Probe") -> Value:
-    """ReLU(sum_k w_k A_k), w = softmax over k of mean_i y(i/n X o s(up(A_k))), i = 1..n. Naidu et al. 2020.
+    """ReLU(sum_k w_k A_k), w = softmax over k of mean_i y(c_i X o s(up(A_k))), i = 1..10. Naidu et al. 2020.
 
-    arXiv:2010.03023: as scorecam, the masked picture growing from nothing to itself in n = 10 steps.
+    arXiv:2010.03023: as scorecam, c_i = sum of j/10 for j < i, so that the masked picture grows by larger and
+    larger steps, to 4.5 times itself. The first of them, where it is empty, is the same for all channels and
+    left out.
     """
-    steps = op.constant(((np.arange(_IS_STEPS) + 1) / _IS_STEPS).astype(_dtype(probe).numpy()))
-
-    def mean(mask: Value) -> Value:
-        masked = _masked(op, probe, mask)
-        scores = probe.each(steps, lambda step: probe.on(op.Mul(masked, step)).y())
-        return op.ReduceMean(scores, [0], keepdims=0)
-
-    return _scored(op, probe, mean)
+    return scored(
+        op, probe, _mask(op, probe), over_steps(op, probe, np.arange(1, IS_STEPS).cumsum() / IS_STEPS)
+    )
 
 
 @method("smoothgradcam++", cost=f"{SAMPLES} and {SAMPLES} backward")
@@ -112,30 +100,41 @@ def smooth_gradcam_plus_plus(op: Emitter, a: Value, probe: "Probe") -> Value:
     Dp is the mean of g^p over 25 noisy pictures, the noise as smoothgrad's; A is that of the picture itself.
     The numerator, D1 in print, is D2 as in Grad-CAM++. Where D2 is 0 there is no weight.
     """
-    g = noisy_gradients(op, probe)
-    squared = op.Mul(g, g)
-    d1, d2, d3 = (op.ReduceMean(power, [0], keepdims=0) for power in (g, squared, op.Mul(squared, g)))
+    g = noisy_gradients(op, probe, SAMPLES, deviation(op, probe))
+    d1, d2, d3 = (op.ReduceMean(power, [0], keepdims=0) for power in powers(op, g))
     denominator = op.Add(op.Mul(d2, 2.0), op.Mul(op.ReduceSum(a, PLANE, keepdims=1), d3))
     share = op.Div(op.Mul(d2, op.Relu(d1)), op.Where(op.Equal(d2, 0.0), 1.0, denominator))
     return op.ReduceSum(share, PLANE, keepdims=0)
 
 
-def noisy_gradients(op: Emitter, probe: "Probe") -> Value:
-    """Return the gradients [n,N,K,C,h,w] for n = 25 noisy pictures.
+def powers(op: Emitter, g: Value) -> tuple[Value, Value, Value]:
+    """Return g, its square and its cube."""
+    squared = op.Mul(g, g)
+    return g, squared, op.Mul(squared, g)
 
-    The noise has 0.15 of the span of each picture as its deviation and is the same for every picture.
-    """
+
+def deviation(op: Emitter, probe: "Probe") -> Value:
+    """The noise of SmoothGrad: 0.15 of the span of each picture [N,1,1,1]."""
     picture = probe.picture
     span = op.Sub(*(reduce(picture, [1, 2, 3], keepdims=1) for reduce in (op.ReduceMax, op.ReduceMin)))
-    sigma = op.Mul(span, 0.15)
+    return op.Mul(span, 0.15)
+
+
+def noisy(op: Emitter, probe: "Probe", sigma: Value | float) -> Callable[[Value], "Probe"]:
+    """``noisy(number)`` is the run with noise of deviation `sigma`, the same for every picture."""
     noise = normal_noise(op, probe.sizes(), _dtype(probe))
+    return lambda number: probe.on(op.Add(probe.picture, op.Mul(probe.over_picture(noise(number)), sigma)))
+
+
+def noisy_gradients(op: Emitter, probe: "Probe", samples: int, sigma: Value | float) -> Value:
+    """Return the gradients [n,N,K,C,h,w] for n = `samples` pictures with noise of deviation `sigma`."""
+    run = noisy(op, probe, sigma)
 
     def one(number: Value) -> Value:
-        noisy = op.Add(picture, op.Mul(probe.over_picture(noise(number)), sigma))
-        (da,) = probe.on(noisy).per_sum(lambda da: [da])
+        (da,) = run(number).per_sum(lambda da: [da])
         return da
 
-    return probe.each(op.constant(np.arange(SAMPLES)), one)
+    return probe.each(op.constant(np.arange(samples)), one)
 
 
 def _numbers(op: Emitter, a: Value, start: int, end: int) -> Value:
@@ -147,17 +146,58 @@ def _numbers(op: Emitter, a: Value, start: int, end: int) -> Value:
     return op.Range(np.int64(0), count, np.int64(1))
 
 
-def _scored(op: Emitter, probe: "Probe", score: Callable[[Value], Value]) -> Value:
-    """Return the softmax over channels [N,K,C] of ``score(mask)`` [N,K], each channel a mask [N,1,H,W]."""
+def scored(
+    op: Emitter, probe: "Probe", mask: Callable[[Value], Value], score: Callable[[Value], Value]
+) -> Value:
+    """Return the softmax [N,K,C] over the channels of what a mask that is made of each brings.
+
+    Args:
+        op: where the nodes go.
+        probe: the run.
+        mask: makes a mask [N,1,H,W] of a channel [N,1,h,w].
+        score: makes [N,K] of a mask.
+    """
     channels = op.Transpose(probe.activation(), perm=[1, 0, 2, 3])
 
     def of(channel: Value) -> Value:
-        return score(unit(op, resized(op, op.Unsqueeze(channel, [1]), probe.size())))
+        return score(mask(op.Unsqueeze(channel, [1])))
 
     return op.Softmax(op.Transpose(probe.each(channels, of), perm=[1, 2, 0]), axis=2)
 
 
-def _masked(op: Emitter, probe: "Probe", mask: Value) -> Value:
+def _mask(op: Emitter, probe: "Probe") -> Callable[[Value], Value]:
+    return lambda channel: unit(op, resized(op, channel, probe.size()))
+
+
+def over_noise(op: Emitter, probe: "Probe") -> Callable[[Value], Value]:
+    """The mean score over 35 times noise of deviation 2 on the mask."""
+    noise = normal_noise(op, probe.size(), _dtype(probe))
+    numbers = op.constant(np.arange(_SS_SAMPLES))
+
+    def mean(mask: Value) -> Value:
+        def one(number: Value) -> Value:
+            louder = op.Mul(op.Unsqueeze(noise(number), [1]), 2.0)
+            return probe.on(masked(op, probe, op.Add(mask, louder))).y()
+
+        return op.ReduceMean(probe.each(numbers, one), [0], keepdims=0)
+
+    return mean
+
+
+def over_steps(op: Emitter, probe: "Probe", steps: "NDArray[np.floating]") -> Callable[[Value], Value]:
+    """A tenth of the sum of the scores with the masked picture times each of `steps`."""
+    factors = op.constant(steps.astype(_dtype(probe).numpy()))
+
+    def mean(mask: Value) -> Value:
+        seen = masked(op, probe, mask)
+        scores = probe.each(factors, lambda factor: probe.on(op.Mul(seen, factor)).y())
+        return op.Div(op.ReduceSum(scores, [0], keepdims=0), float(IS_STEPS))
+
+    return mean
+
+
+def masked(op: Emitter, probe: "Probe", mask: Value) -> Value:
+    """The picture times a mask [N,1,H,W]."""
     return op.Mul(probe.picture, probe.over_picture(mask))
 
 

@@ -11,10 +11,12 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.methods.algebra import largest, resized, summed, unit
 from onnxcam.methods.cam import gradcam
-from onnxcam.methods.perturbation import SAMPLES, noisy_gradients
+from onnxcam.methods.perturbation import SAMPLES, deviation, noisy_gradients
 from onnxcam.methods.registry import method
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from onnxcam.probe import Probe
 
 _STEPS = 50
@@ -34,7 +36,7 @@ def saliency(op: Emitter, da: Value) -> Value:
     return da
 
 
-@method("inputxgradient", cost="1 backward", gives="terms", rectified=False, at_picture=True)
+@method("inputxgradient", cost="1 backward", gives="terms", rectified=False, signed=True, at_picture=True)
 def inputxgradient(op: Emitter, a: Value, da: Value) -> Value:
     """sum_c x_c g_c, signed. Shrikumar et al. 2016, arXiv:1605.01713."""
     return op.Mul(a, da)
@@ -45,6 +47,7 @@ def inputxgradient(op: Emitter, a: Value, da: Value) -> Value:
     cost=f"{_STEPS} and {_STEPS} backward",
     gives="terms",
     rectified=False,
+    signed=True,
     at_picture=True,
 )
 def integratedgradients(op: Emitter, probe: "Probe") -> Value:
@@ -53,16 +56,23 @@ def integratedgradients(op: Emitter, probe: "Probe") -> Value:
     The baseline is zeros in the model's input, the integral a midpoint rule of 50 steps. The terms add up to
     y(x) - y(0), as far as that rule is exact.
     """
+    return integrated(op, probe, (np.arange(_STEPS) + 0.5) / _STEPS, np.full(_STEPS, 1 / _STEPS))
+
+
+def integrated(
+    op: Emitter, probe: "Probe", points: "NDArray[np.floating]", weights: "NDArray[np.floating]"
+) -> Value:
+    """Return x times the integral over t of g(t x), by a rule of `points` from 0 to 1 and their `weights`."""
     dtype = probe.picture.dtype
     assert dtype is not None
-    steps = op.constant(((np.arange(_STEPS) + 0.5) / _STEPS).astype(dtype.numpy()))
 
     def at(t: Value) -> Value:
         (da,) = probe.on(op.Mul(probe.picture, t)).per_sum(lambda da: [da])
         return da
 
-    mean = op.ReduceMean(probe.each(steps, at), [0], keepdims=0)
-    return op.Mul(op.Unsqueeze(probe.activation(), [1]), mean)
+    found = probe.each(op.constant(points.astype(dtype.numpy())), at)
+    weighed = op.Mul(found, weights.astype(dtype.numpy()).reshape(-1, 1, 1, 1, 1, 1))
+    return op.Mul(op.Unsqueeze(probe.activation(), [1]), op.ReduceSum(weighed, [0], keepdims=0))
 
 
 @method(
@@ -79,7 +89,8 @@ def smoothgrad(op: Emitter, probe: "Probe") -> Value:
 
     25 samples; the deviation is 0.15 of the picture's span from minimum to maximum, as in the authors' code.
     """
-    return op.ReduceMean(noisy_gradients(op, probe), [0], keepdims=0)
+    g = noisy_gradients(op, probe, SAMPLES, deviation(op, probe))
+    return op.ReduceMean(g, [0], keepdims=0)
 
 
 @method(

@@ -38,6 +38,8 @@ class Method:
         rectified: whether the map ends in a ReLU.
         unsigned: whether the map has nothing below zero even without one, so that there is none against a
             class.
+        signed: whether what is below zero is against the class, so that the evidence is ``both`` where none
+            is asked for. (Other maps without a ReLU have no zero that means anything, or scale it away.)
         at_picture: whether the activation is the picture itself.
         full_size: whether the map and its terms lie on the picture, though the activation does not.
         target: what of the scores it explains, a key of ``onnxcam.card.TARGETS``; None: what is asked for.
@@ -53,6 +55,7 @@ class Method:
     over_channels: Reduction
     rectified: bool
     unsigned: bool
+    signed: bool
     at_picture: bool
     full_size: bool
     target: str | None
@@ -150,6 +153,7 @@ def method(
     over_channels: Reduction = total,
     rectified: bool = True,
     unsigned: bool = False,
+    signed: bool = False,
     at_picture: bool = False,
     full_size: bool = False,
     target: str | None = None,
@@ -164,8 +168,8 @@ def method(
 
     def register(function: Function) -> Function:
         into[name] = Method(
-            name, function, gives, over_channels, rectified, unsigned, at_picture, full_size, target, rules,
-            requires, instead, cost,
+            name, function, gives, over_channels, rectified, unsigned, signed, at_picture, full_size, target,
+            rules, requires, instead, cost,
         )  # fmt: skip
         return function
 

@@ -107,8 +107,10 @@ VARIANTS: dict[str, Mapping[tuple[str, str], Rule]] = {
         **{("", name): _own_weights(name, slice(0, 2)) for name in ("Conv", "ConvTranspose", "Gemm")},
         ("", "MatMul"): _own_weights("MatMul", slice(-2, None)),
     },
+    "guided relu": {("", "Relu"): rule(_guided_relu)},
+    "deconvnet relu": {("", "Relu"): rule(_deconvolved_relu)},
 }
-"""Rules by the name of the variant."""
+"""Rules by the name of the variant. The last two, of other libraries, leave ReLU6 its gradient."""
 
 
 def under(*variants: str | None) -> Mapping[tuple[str, str], Rule]:

@@ -141,7 +141,7 @@ def sscam(net, x, k):
 
 
 def iscam(net, x, k):
-    return scored(net, x, k, lambda m: [x * m * i / 10 for i in range(1, 11)])
+    return scored(net, x, k, lambda m: [x * m * i * (i - 1) / 20 for i in range(1, 11)])
 
 
 def noisy(x):
