@@ -74,9 +74,8 @@ the number of the layer's channels, P that of its positions.
 The last two columns: EfficientNet-Lite0 explains `models/cat_and_coffee.png`, the cat on the left half and
 the coffee on the right, and this share of the map's energy (its values above zero, spread over the photo)
 lies on the **right** half. A method that tells the classes apart has little there for the cat and much for
-the espresso. Eigen-CAM, KPCA-CAM and FEM look at no class. sscam and
-iscam, which run the model 35 and 9 times for each channel, look at `{NARROW}`, an earlier layer of 112
-channels.
+the espresso. Eigen-CAM, KPCA-CAM and FEM look at no class. sscam and iscam, which run the model 35 and 9
+times for each channel, look at `{NARROW}`, an earlier layer of 112 channels.
 
 | method | map | cost | right half, Egyptian cat | right half, espresso |
 |---|---|---|---|---|
