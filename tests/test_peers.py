@@ -329,7 +329,6 @@ def test_counterfactual_is_the_map_of_the_negative_score(net, pictures, file, di
         ("torchcam", "gradcam++"),
         ("torchcam", "scorecam"),
         ("torchcam", "iscam"),
-        ("torchcam", "smoothgradcam++"),
         ("torchcam", "finercam"),
         ("captum", "saliency"),
         ("captum", "integratedgradients"),
