@@ -744,3 +744,16 @@ def test_an_operator_of_ones_own_with_a_rule_of_ones_own(monkeypatch):
     evaluator = onnx.reference.ReferenceEvaluator(explained, new_ops=[Wobble, *checks.NEW_OPS])
     (found,) = evaluator.run(["cam_gradients"], {"x": x, "cam_class": np.array([[1]])})
     np.testing.assert_allclose(found, np.cos(x) * w[:, 1].reshape(1, 2, 1, 1) / 12, rtol=1e-12)
+
+
+def test_a_long_chain_of_products():
+    """Longer than Python's stack is deep, of an operator that also brings weights into another form."""
+    chain = " ".join(f"v{i + 1} = Mul(v{i}, one)" for i in range(600))
+    text = graphs.LINEAR.replace("r = Relu(c)", f"v0 = Relu(c) {chain} r = Relu(v600)")
+    model = build(text.replace("T[5] bias>", "T[5] bias, T one>"), one=1.0)
+    found = ir.to_proto(attach(model, layer="v0", emit=["gradients"]))
+    expected = ir.to_proto(attach(build(graphs.LINEAR), layer="r", emit=["gradients"]))
+    feeds = {"x": picture(1), "cam_class": np.array([[3]])}
+    gradient, last = (run(m, feeds)["cam_gradients"] for m in (found, expected))
+    activation = run(explained(build(graphs.LINEAR), layer="r"), feeds)["cam_activations"]
+    np.testing.assert_allclose(gradient, np.where(activation > 0, last, 0), rtol=1e-6)

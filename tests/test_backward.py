@@ -147,11 +147,14 @@ def test_the_path_is_what_lies_between_in_the_order_it_runs():
     assert names("y", "x") == []
 
 
-def test_a_graph_of_thousands_of_nodes():
-    chain = " ".join(f"v{i + 1} = Add(v{i}, x)" for i in range(3000))
+@pytest.mark.parametrize(("op_type", "slope"), [("Add", -2999), ("Sub", 3001)])
+def test_a_graph_of_thousands_of_nodes(op_type, slope):
+    chain = " ".join(f"v{i + 1} = {op_type}(v{i}, x)" for i in range(3000))
     text = f"(T[N,3] x) => (T[N,3] y) {{ v0 = Neg(x) {chain} y = Neg(v3000) }}"
     _, values = parsed(text)
     assert len(path(values["y"], values["x"])) == 3002
+    ones = np.ones((2, 3))
+    np.testing.assert_allclose(evaluate(text, {"x": ones, "seed": ones}, "x"), slope)
 
 
 def test_no_rule():

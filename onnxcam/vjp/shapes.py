@@ -86,16 +86,23 @@ _REPRESENTING = frozenset([
 """Operators that bring weights from the form in which a file keeps them to the one that is computed with."""
 
 
+_MOST_REPRESENTING = 64
+"""So many are looked through at the most: weights need 13, and what is longer is a chain of activations."""
+
+
 def is_constant(x: Value) -> bool:
     """Whether `x` is a weight, in whatever form, or another constant, which no gradient needs to reach."""
-    if x.is_initializer():
-        return True
-    node = x.producer()
-    if node is None:
-        return False
-    if node.op_type in _REPRESENTING:
-        return all(v is None or is_constant(v) for v in node.inputs)
-    return node.op_type == "Constant"
+    waiting, seen = [x], set[Value]()
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if value.is_initializer() or value in seen or (node is not None and node.op_type == "Constant"):
+            continue
+        if node is None or node.op_type not in _REPRESENTING or len(seen) == _MOST_REPRESENTING:
+            return False
+        seen.add(value)
+        waiting.extend(v for v in node.inputs if v is not None)
+    return True
 
 
 def zeros_like(op: Emitter, x: Value) -> Value:
