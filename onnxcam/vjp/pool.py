@@ -9,7 +9,7 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.vjp.conv import Window, planes, spread
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import count, dims, expand_like, rank, reshape_like, scatter_add
+from onnxcam.vjp.shapes import count, dims, expand_like, gated, rank, reshape_like, scatter_add
 
 
 @vjp("GlobalAveragePool")
@@ -24,7 +24,7 @@ def global_max_pool(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
     first = op.ArgMax(op.Reshape(x, [0, 0, -1]), axis=2, keepdims=1, select_last_index=0)
     size = _plane_size(op, x)
     places = op.Range(np.int64(0), size if isinstance(size, Value) else np.int64(size), np.int64(1))
-    return reshape_like(op, op.Where(op.Equal(places, first), op.Reshape(dy, [0, 0, 1]), 0.0), x)
+    return reshape_like(op, gated(op, op.Reshape(dy, [0, 0, 1]), op.Equal(places, first)), x)
 
 
 @vjp("GlobalLpPool")

@@ -19,6 +19,7 @@ from onnxcam.vjp.shapes import (
     add_at,
     constant_array,
     dims,
+    gated,
     is_constant,
     positions,
     rank,
@@ -212,14 +213,14 @@ def quantize_linear(
             return as_stored(op, dy, x, scale, axis, block_size), None
         nodes = unit(x)
         if nodes and is_heavy(nodes):
-            return _as(op, op.Where(_within_ends(op, y), slope, 0.0), x.dtype), None
+            return _as(op, gated(op, slope, _within_ends(op, y)), x.dtype), None
         x = copied(op, nodes) if nodes else x
     ratio = op.Div(_as(op, x, DataType.FLOAT), step)
     stored = op.Round(ratio) if y.dtype.is_integer() else ratio
     if zero_point is not None:
         stored = op.Add(stored, _spread(op, zero_point, x, along, block_size))
     inside = op.And(op.GreaterOrEqual(stored, low), op.LessOrEqual(stored, high))
-    slope = op.Where(inside, slope, 0.0)
+    slope = gated(op, slope, inside)
     dscale = None
     if not is_constant(scale):
         dscale = _gathered(op, op.Neg(op.Mul(slope, ratio)), scale, x, along, block_size)

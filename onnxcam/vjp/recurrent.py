@@ -16,7 +16,7 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import positions
+from onnxcam.vjp.shapes import gated, positions
 
 _FIRST, _LAST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
@@ -37,7 +37,7 @@ class _Activation:
 _ACTIVATIONS = {
     "sigmoid": _Activation("Sigmoid", lambda op, y, dy: op.Mul(dy, op.Mul(y, op.Sub(1.0, y)))),
     "tanh": _Activation("Tanh", lambda op, y, dy: op.Mul(dy, op.Sub(1.0, op.Mul(y, y)))),
-    "relu": _Activation("Relu", lambda op, y, dy: op.Where(op.Greater(y, 0.0), dy, 0.0)),
+    "relu": _Activation("Relu", lambda op, y, dy: gated(op, dy, op.Greater(y, 0.0))),
 }
 
 
