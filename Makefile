@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test test-deploy check docs parity parity-check runtimes zoo web test-web clean
+.PHONY: demo test test-deploy check docs parity parity-check bench bench-quick runtimes zoo web test-web clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -35,6 +35,13 @@ parity: .venv-test/ready
 # The same measurement against the bounds in benchmarks/parity.py; writes nothing.
 parity-check: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.parity
+
+# What explaining costs, against the goals; writes benchmarks/results.md. An hour, on a machine that does nothing else.
+bench: .venv-test/ready
+	.venv-test/bin/python -W ignore -m benchmarks.bench
+
+bench-quick: .venv-test/ready
+	.venv-test/bin/python -W ignore -m benchmarks.bench --quick
 
 # Explained models in other runtimes; writes docs/runtimes.md. Hours, most of them WebGPU's; it goes on where it
 # stopped. Needs Node, npm and Debian's chromium beside what it installs.

@@ -72,6 +72,14 @@ def rows() -> Iterator[Row]:
             True,
             lambda pairs, name=name: explained(name, 1, pairs, classes=5),
         )
+    for name in ("efficientnet_lite0", "pp_lcnet_orientation", "squeezenet1_1"):
+        yield Row(
+            f"on-demand/{name}",
+            f"on demand, no map wanted / plain, {name}",
+            1.02,
+            True,
+            lambda pairs, name=name: explained(name, 1, pairs, on_demand=True),
+        )
     for name in ("vit_b_16", "swin_t"):
         yield Row(
             f"explained/{name}/1",
@@ -157,12 +165,12 @@ def _file(name: str) -> Path:
     return own if own.exists() else plain(name)
 
 
-def explained(name: str, batch: int, pairs: int, classes: int = 1, layer: str | None = None) -> Ratio:
-    """The model with ``cam`` and ``cam_heatmap`` against the model alone."""
+def explained(name: str, batch: int, pairs: int, classes: int = 1, **options: Any) -> Ratio:
+    """The model with ``cam`` and ``cam_heatmap`` against the model alone; `options` are `attach`'s."""
     path = _file(name)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "explained.onnx"
-        attach(path, out, layer=layer)
+        attach(path, out, **options)
         with_map, without = session(out), session(path)
     feeds = picture(path, batch)
     asked = {**feeds, "cam_class": np.arange(classes)[None]} if classes > 1 else feeds

@@ -117,6 +117,25 @@ def test_pixels_and_places_are_those_of_pillow(interpolation, resize, color, lay
     assert (differing > 0).mean() < 1e-2  # in simple ratios of small pictures many sums are near a half
 
 
+@pytest.mark.parametrize(
+    ("size", "interpolation", "resize"),
+    [(227, "bilinear", "stretch"), (224, "bicubic", "stretch"), (224, "bilinear", "crop:256")],
+)
+@pytest.mark.parametrize("photo", ["cat_and_coffee.png", "chelsea.png", "coffee.png", "page.png"])
+def test_few_values_of_a_photo_have_another_level(photo, size, interpolation, resize):
+    """As docs/format.md says; the most is 2.3 of 1,000, for the page with its wide white."""
+    facts = Preprocess(
+        "x", "NCHW", size, size, "RGB", 1.0, (0.0,), (1.0,), resize=resize, interpolation=interpolation
+    )
+    image = Image.open(MODELS / photo).convert("RGB")
+    expected, _ = prepare(image, facts)
+    feeds = {"cam_picture": np.asarray(image)[None], "heat": np.zeros((1, 1, size, size), np.float32)}
+    (found,) = preparing(facts).run(["prepared"], feeds)
+    differs = np.abs(found - expected)
+    assert differs.max() <= 1
+    assert (differs > 0).mean() <= 3e-3
+
+
 LITE0 = {**SQUEEZENET, "color": "RGB", "mean": [127], "std": [128], "interpolation": "bicubic"}
 CASES = {"efficientnet_lite0": LITE0, "squeezenet1_1": SQUEEZENET, "pp_lcnet_orientation": PP_LCNET}
 
