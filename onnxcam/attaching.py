@@ -44,14 +44,8 @@ from onnxcam.vjp.shapes import dims
 
 PREFIX = "cam"
 
-_OUTPUTS = {
-    "cam": "cam",
-    "heatmap": "cam_heatmap",
-    "overlay": "cam_overlay",
-    "activations": "cam_activations",
-    "gradients": "cam_gradients",
-    "attributions": "cam_attributions",
-}
+OUTPUTS = {kind: PREFIX if kind == "cam" else f"{PREFIX}_{kind}" for kind in EMITS}
+"""Name of each output."""
 
 
 def attach(
@@ -152,7 +146,7 @@ def attach(
     found = layers.scores(model, scores, any_shape=target == "seed")
     taken = {value.name for value in all_values(graph)}
     more = [*([PICTURE] if embed_preprocess else []), *([WANTED] if on_demand else [])]
-    for name in (*inputs_of(target, found.dense), *more, *(_OUTPUTS[kind] for kind in emit)):
+    for name in (*inputs_of(target, found.dense), *more, *(OUTPUTS[kind] for kind in emit)):
         if name in taken:
             raise OnnxcamError(
                 f"the model has a value called {name!r} already, a name that attach needs; rename it there"
@@ -200,7 +194,7 @@ def attach(
     if on_demand:
         outputs = behind_input(op, outputs, optional)
     for name, value in outputs.items():
-        value.name = _OUTPUTS[name]
+        value.name = OUTPUTS[name]
         graph.outputs.append(value)
     model.metadata_props[KEY] = card.to_json()
     model.ir_version = max(model.ir_version, 8)

@@ -9,6 +9,7 @@ from onnx_ir import Value
 from onnxcam.card import WANTED
 from onnxcam.emit import Emitter
 from onnxcam.subgraphs import reads
+from onnxcam.targets import add_input
 
 
 def behind_input(op: Emitter, outputs: Mapping[str, Value], optional: bool) -> dict[str, Value]:
@@ -24,10 +25,7 @@ def behind_input(op: Emitter, outputs: Mapping[str, Value], optional: bool) -> d
     """
     graph = op.graph
     wanted = Value(name=WANTED, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
-    graph.inputs.append(wanted)
-    if optional:
-        wanted.const_value = ir.tensor(np.array(False), name=WANTED)
-        graph.register_initializer(wanted)
+    add_input(op, wanted, np.array(False) if optional else None)
     emitted, needed, moved = set(op.nodes), set[Value](), list[ir.Node]()
     for node in reversed(graph):
         if node in emitted and needed.isdisjoint(node.outputs):

@@ -277,11 +277,8 @@ class Explainer:
         if card.picture is None and picture.type not in _DTYPES:
             raise OnnxcamError(f"{self.path} takes {picture.type}; onnxcam feeds {', '.join(_DTYPES)}")
         self._rows = picture.shape[0] if isinstance(picture.shape[0], int) else 1
-        channels = picture.shape[1 if card.input.layout == "NCHW" and not card.picture else 3]
-        color = self.card.input.color
-        wrong = isinstance(channels, int) and channels != self.card.input.channels
-        if card.picture is None and color is not None and wrong:
-            raise OnnxcamError(f"color is {color}, but the model's input has {channels} channels")
+        if card.picture is None:
+            self._check_channels(picture.shape[1 if card.input.layout == "NCHW" else 3])
         self.target = card.target or "class"
         self._seed_shape = list(inputs["cam_seed"].shape[1:]) if "cam_seed" in inputs else None
         inputs |= {i.name: i for i in self._session.get_overridable_initializers()}
@@ -507,6 +504,11 @@ class Explainer:
                     f"class {index} is out of range: the model has {count} classes "
                     f"(0 to {count - 1}, or -1 to -{count} by rank)"
                 )
+
+    def _check_channels(self, channels: object) -> None:
+        color = self.card.input.color
+        if color is not None and isinstance(channels, int) and channels != self.card.input.channels:
+            raise OnnxcamError(f"color is {color}, but the model's input has {channels} channels")
 
     def _check_labels(self, count: int | None) -> None:
         if self.card.labels is not None and count not in (None, len(self.card.labels)):

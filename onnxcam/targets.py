@@ -92,17 +92,18 @@ def _request(op: Emitter, name: str, default: int, optional: bool, scores: Value
     classes: int | str | None = "cam_classes" if name == CLASS else None
     shape = ir.Shape([1 if dims(scores)[0] == 1 else images, 1 if op.portable else classes])
     value = Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.INT64))
-    return _with_default(op, value, np.array([[default]], np.int64) if optional else None)
+    return add_input(op, value, np.array([[default]], np.int64) if optional else None)
 
 
 def _mask(op: Emitter, scores: Value, optional: bool) -> Value:
     """Add the input that weighs the places of dense scores, [N,H,W] or with sizes of 1: all of them alike."""
     value = Value(name=MASK, shape=ir.Shape([None, None, None]), type=scores.type)
     assert scores.dtype is not None
-    return _with_default(op, value, np.ones((1, 1, 1), scores.dtype.numpy()) if optional else None)
+    return add_input(op, value, np.ones((1, 1, 1), scores.dtype.numpy()) if optional else None)
 
 
-def _with_default(op: Emitter, value: Value, default: np.ndarray | None) -> Value:
+def add_input(op: Emitter, value: Value, default: np.ndarray | None) -> Value:
+    """Add an input to the graph; with a default it may be left out."""
     op.graph.inputs.append(value)
     if default is not None:
         value.const_value = ir.tensor(default, name=value.name)

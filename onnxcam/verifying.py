@@ -20,9 +20,9 @@ from onnx_ir import Value
 from PIL import Image
 
 from onnxcam import layers, onnxfile, quantised
-from onnxcam.attaching import PREFIX, attach, prepared
+from onnxcam.attaching import OUTPUTS, PREFIX, attach, prepared
 from onnxcam.backward import ancestors, path
-from onnxcam.card import EMITS, KEY, WANTED, Card, Preprocess
+from onnxcam.card import KEY, WANTED, Card, Preprocess
 from onnxcam.dialects import DIALECTS
 from onnxcam.differences import Doubles, Tail, off_kinks, rounds, slopes
 from onnxcam.embedding import PICTURE
@@ -73,7 +73,6 @@ _SIZE = 224
 _OURS = f"{PREFIX}/"
 _INPUTS = (PICTURE, CLASS, AGAINST, MASK, SEED, WANTED)
 _OPTIONAL = (CLASS, AGAINST, MASK, WANTED)
-_OUTPUTS = {kind: PREFIX if kind == "cam" else f"{PREFIX}_{kind}" for kind in EMITS}
 
 Array: TypeAlias = "NDArray[Any]"
 Verdict = tuple[bool | None, str]
@@ -210,7 +209,7 @@ class _Subject:
         card = Card.from_metadata(model.metadata_props)
         assert card is not None
         original, added = _divided(model, card)
-        emit = [kind for kind, name in _OUTPUTS.items() if name in _names(model.graph.outputs)]
+        emit = [kind for kind, name in OUTPUTS.items() if name in _names(model.graph.outputs)]
         optional = all(v.is_initializer() for v in model.graph.inputs if v.name in _OPTIONAL)
         fresh = attach(
             original,
@@ -297,7 +296,7 @@ def _divided(model: ir.Model, card: Card) -> tuple[ir.Model, list[ir.Node]]:
     Raises:
         OnnxcamError: an output of the original needs one of these.
     """
-    ours = set(_OUTPUTS.values())
+    ours = set(OUTPUTS.values())
     prepared = next((v for n in model.graph for v in n.outputs if v.name == card.input.name), None)
     if (card.picture is None) != (prepared is None):
         raise OnnxcamError(
@@ -766,7 +765,7 @@ def _bytes(path: Path, model: ir.Model) -> int:
 
 
 def _is_ours(value: Value) -> bool:
-    return value.name in _OUTPUTS.values()
+    return value.name in OUTPUTS.values()
 
 
 def _names(values: Iterable[Value]) -> list[str]:

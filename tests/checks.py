@@ -1,7 +1,6 @@
 """How the tests look at gradients: against torch or central differences, in float64, and in onnxruntime."""
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from onnx.reference.op_run import OpRun
 
 from onnxcam.backward import gradients
+from onnxcam.differences import Erf, Gelu
 from onnxcam.emit import Emitter
 from onnxcam.onnxfile import check, normalise
 from onnxcam.vjp import RULES, Rule
@@ -44,24 +44,6 @@ class ConvTranspose(OpRun):
             rest[2 + axis] = (0, max(begin + out - full.shape[2 + axis], 0))
             full = np.pad(full, rest).take(range(begin, begin + out), axis=2 + axis)
         return (full if b is None else full + b.reshape(-1, *[1] * n),)
-
-
-class Erf(OpRun):
-    """erf in the dtype of its input; onnx.reference computes it in float32."""
-
-    def _run(self, x):
-        return (np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype),)
-
-
-class Gelu(OpRun):
-    """Gelu by that erf; onnx.reference goes through the float32 one here too."""
-
-    def _run(self, x, approximate=None):
-        if approximate == "tanh":
-            t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-        else:
-            t = np.vectorize(math.erf, otypes=[np.float64])(x * math.sqrt(0.5))
-        return ((0.5 * x * (1 + t)).astype(x.dtype),)
 
 
 class HardSwish(OpRun):

@@ -13,9 +13,10 @@ from onnx_ir import Value
 from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
 from onnxcam.methods import METHODS, Method, method
-from onnxcam.methods.algebra import PLANE, Size, resized, summed
+from onnxcam.methods.algebra import Size, resized
+from onnxcam.methods.cam import gradcam as mean_gradient
 from onnxcam.methods.perturbation import noisy_gradients
-from onnxcam.methods.picture import integrated
+from onnxcam.methods.picture import guided, integrated
 
 if TYPE_CHECKING:
     from onnxcam.probe import Probe
@@ -32,7 +33,7 @@ _SAMPLES = 5
 @method("gradcam", cost="1 backward", rectified=False, signed=True, into=OWN)
 def gradcam(op: Emitter, da: Value) -> Value:
     """sum_k <g_k> A_k, signed: LayerGradCam."""
-    return op.ReduceMean(da, PLANE, keepdims=0)
+    return mean_gradient(op, da)
 
 
 @method("hirescam", cost="1 backward", rectified=False, signed=True, into=OWN)
@@ -122,10 +123,7 @@ def deconvnet(op: Emitter, da: Value) -> Value:
 )
 def guidedgradcam(op: Emitter, probe: "Probe") -> Value:
     """sum_c g_c up(ReLU(L)), g by guidedbackprop and L the map of gradcam, brought up by `heatmap`."""
-    a = op.Unsqueeze(probe.activation(), [1])
-    (coarse,) = probe.per_sum(lambda da: [op.Relu(summed(op, gradcam(op, da), a))])
-    (fine,) = probe.at_picture().under("guided relu").per_sum(lambda dx: [dx])
-    return op.Mul(fine, op.Unsqueeze(heatmap(op, coarse, probe.size()), [2]))
+    return guided(op, probe, "guided relu", heatmap)
 
 
 def heatmap(op: Emitter, cam: Value, size: Size, _signed: bool = False) -> Value:

@@ -30,7 +30,7 @@ def summed(op: Emitter, w: Value, a: Value) -> Value:
     if w.shape is None or len(w.shape) != 3:
         return op.ReduceSum(op.Mul(w, a), [2], keepdims=0)
     product = op.MatMul(w, op.Reshape(op.Squeeze(a, [1]), [0, 0, -1]))
-    plane = _known(a, 3)
+    plane = known_sizes(a, 3)
     if plane:
         return op.Reshape(product, [0, 0, *plane])
     return op.Reshape(product, op.Concat(op.Shape(w, start=0, end=2), op.Shape(a, start=3), axis=0))
@@ -53,7 +53,7 @@ def resized(
 
     A small map is multiplied by a matrix on each side, which takes onnxruntime half the time of a Resize.
     """
-    plane = _known(maps, 2)
+    plane = known_sizes(maps, 2)
     if (
         (mode, centres) == ("linear", "half_pixel")
         and isinstance(size, list)
@@ -188,13 +188,13 @@ def _identity(op: Emitter, g: Value) -> Value:
 
 
 def _fewer_positions(x: Value) -> bool:
-    sizes = _known(x, 2)
+    sizes = known_sizes(x, 2)
     return len(sizes) == 3 and sizes[1] * sizes[2] < sizes[0]
 
 
-def _known(x: Value, first: int) -> list[int]:
-    """The sizes of `x` from an axis on; none of them where the graph leaves one open."""
-    sizes = [] if x.shape is None else list(x.shape)[first:]
+def known_sizes(x: Value, first: int, end: int | None = None) -> list[int]:
+    """The sizes of `x` along the axes from `first` to `end`; none of them where the graph leaves one open."""
+    sizes = [] if x.shape is None else list(x.shape)[first:end]
     return [size for size in sizes if isinstance(size, int)] if all(isinstance(s, int) for s in sizes) else []
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import PLANE, resized, unit
+from onnxcam.methods.algebra import PLANE, known_sizes, resized, unit
 from onnxcam.methods.noise import normal_noise
 from onnxcam.methods.registry import method
 
@@ -139,8 +139,8 @@ def noisy_gradients(op: Emitter, probe: "Probe", samples: int, sigma: Value | fl
 
 def _numbers(op: Emitter, a: Value, start: int, end: int) -> Value:
     """Return 0, 1, 2, ... up to the product of the sizes of `a` along the axes from `start` to `end`."""
-    sizes = [] if a.shape is None else [size for size in list(a.shape)[start:end] if isinstance(size, int)]
-    if len(sizes) == end - start:
+    sizes = known_sizes(a, start, end)
+    if sizes:
         return op.constant(np.arange(math.prod(sizes)))
     count = op.ReduceProd(op.Shape(a, start=start, end=end), keepdims=0)
     return op.Range(np.int64(0), count, np.int64(1))

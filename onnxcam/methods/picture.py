@@ -3,13 +3,14 @@
 In the equations x is the picture and g = dy/dx.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import largest, resized, summed, unit
+from onnxcam.methods.algebra import Size, largest, resized, summed, unit
 from onnxcam.methods.cam import gradcam
 from onnxcam.methods.perturbation import SAMPLES, deviation, noisy_gradients
 from onnxcam.methods.registry import method
@@ -150,10 +151,17 @@ def guidedgradcam(op: Emitter, probe: "Probe") -> Value:
 
     L is brought to the size of the picture bilinearly.
     """
+    return guided(op, probe, "guided", resized)
+
+
+def guided(
+    op: Emitter, probe: "Probe", rules: str, enlarge: "Callable[[Emitter, Value, Size], Value]"
+) -> Value:
+    """Return the gradient at the picture by other rules times Grad-CAM's map, enlarged to the picture."""
     a = op.Unsqueeze(probe.activation(), [1])
     (coarse,) = probe.per_sum(lambda da: [op.Relu(summed(op, gradcam(op, da), a))])
-    (fine,) = probe.at_picture().under("guided").per_sum(lambda dx: [dx])
-    return op.Mul(fine, op.Unsqueeze(resized(op, coarse, probe.size()), [2]))
+    (fine,) = probe.at_picture().under(rules).per_sum(lambda dx: [dx])
+    return op.Mul(fine, op.Unsqueeze(enlarge(op, coarse, probe.size()), [2]))
 
 
 @method(
