@@ -36,11 +36,10 @@ from onnxcam.grid import PLANES, Grid
 from onnxcam.image import check_facts
 from onnxcam.methods import Method, named
 from onnxcam.probe import Probe
-from onnxcam.seed import ROWS
 from onnxcam.simplify import simplify
 from onnxcam.targets import add_seeds, inputs_of
 from onnxcam.vjp import PORTABLE, under
-from onnxcam.vjp.shapes import dims
+from onnxcam.vjp.shapes import ROWS, dims
 
 PREFIX = "cam"
 

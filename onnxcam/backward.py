@@ -6,9 +6,10 @@ import onnx_ir as ir
 
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
+from onnxcam.sizes import sharpen
 from onnxcam.subgraphs import branches, emit_if, is_if, reads
 from onnxcam.vjp import RULES, Rule
-from onnxcam.vjp.shapes import reshape_like, zeros_like
+from onnxcam.vjp.shapes import ROWS, dims, reshape_like, zeros_like
 
 _LOOPS = ("Loop", "Scan", "SequenceMap")
 
@@ -147,10 +148,15 @@ def _walk(
                 raise
             for value, dx in leaving:
                 if value is not None and dx is not None and value in active:
-                    if dx.shape is None:
-                        dx.shape = value.shape  # ONNX infers none where the size is computed
+                    _tell_shape(dx, value)
                     _add(op, found, value, dx)
     return [found.get(source) for source in sources]
+
+
+def _tell_shape(dx: ir.Value, value: ir.Value) -> None:
+    """Give the gradient of `value` its shape, which ONNX does not infer where a size is computed."""
+    if value.shape is not None and (dx.shape is None or ROWS not in dims(value)):
+        sharpen(dx, dims(value))
 
 
 def _add(op: Emitter, found: dict[ir.Value, ir.Value], value: ir.Value, dx: ir.Value) -> None:

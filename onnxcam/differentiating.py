@@ -12,6 +12,7 @@ from onnxcam.attaching import prepared
 from onnxcam.backward import gradients
 from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError, suggest
+from onnxcam.simplify import simplify
 from onnxcam.subgraphs import refuse_inner
 from onnxcam.vjp import PORTABLE, under
 
@@ -68,6 +69,7 @@ def gradient(
         if part is None:
             raise OnnxcamError(f"no gradient reaches {source.name!r} from {', '.join(_names(outputs))}")
         found.append(op.Identity(part))
+    simplify(op)
     quantised.fold(op)
     for source, value in zip(sources, found, strict=True):
         value.name, value.shape = _free(f"{source.name}_gradient", values), source.shape

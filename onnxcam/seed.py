@@ -13,10 +13,7 @@ from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.loops import each
 from onnxcam.vjp import RULES, Rule
-from onnxcam.vjp.shapes import dims, is_constant, rank
-
-ROWS = "cam_rows"
-"""Name of the leading dimension of a gradient that has a row for each image and class."""
+from onnxcam.vjp.shapes import ROWS, dims, is_constant, rank
 
 # Operators of linear heads that treat each row alone, as long as the rows stay in front. (The gradient of
 # Relu is one that reads the picture, except in the method CAM.)
@@ -231,7 +228,9 @@ def _split_rows(op: Emitter, found: Value, index: Value, source: Value) -> Value
     if node.op_type == "Expand" and node in op.nodes:
         uniform, shape = node.inputs
         assert uniform is not None and shape is not None
-        channels = op.Shape(uniform, start=1)
+        known = None if uniform.shape is None else dims(uniform)[1:]
+        fixed = known is not None and all(isinstance(size, int) for size in known)
+        channels = np.array(known, np.int64) if fixed else op.Shape(uniform, start=1)
         split = op.Reshape(uniform, op.Concat(rows, channels, axis=0))
         if uniform.shape is not None:
             split.shape = ir.Shape([None, None, *dims(uniform)[1:]])

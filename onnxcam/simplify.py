@@ -1,5 +1,10 @@
 """Algebra on the nodes that were emitted: the same numbers from less work."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
 import onnx_ir as ir
 
 from onnxcam.emit import Emitter
@@ -10,11 +15,13 @@ from onnxcam.vjp.shapes import axes_of, constant_array, dims, is_constant
 def simplify(op: Emitter) -> None:
     """Apply each identity wherever it fits; `Emitter.remove_dead` then removes what is no longer read."""
     for node in list(op.nodes):
-        for identity in (_one_hot_times_weights, _mean_of_repeated):
+        for identity in IDENTITIES:
             with op.before(node):
                 better = identity(op, node)
+                if better is not None and node.outputs[0].is_graph_output():  # of a branch
+                    better = op.Identity(better)
             if better is not None:
-                node.outputs[0].replace_all_uses_with(better)
+                node.outputs[0].replace_all_uses_with(better, replace_graph_outputs=True)
                 break
 
 
@@ -88,5 +95,121 @@ def _expanded_axes(shape: ir.Value, ndim: int) -> set[int]:
     return {ndim - length + i for i in range(length) if sizes is None or sizes[i] != 1}
 
 
+def _squeezed_again(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """Axes that are put in and taken out again."""
+    x, axes = _operands("Squeeze", node.outputs[0]) if len(node.inputs) == 2 else (None, None)
+    once, added = _operands("Unsqueeze", x)
+    if once is None or added is None or axes is None:
+        return None
+    taken, put = constant_array(axes), constant_array(added)
+    return once if taken is not None and put is not None and np.array_equal(taken, put) else None
+
+
+def _repeated_in_passing(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """Add and Mul repeat a smaller operand by themselves."""
+    if node.op_type not in ("Add", "Mul") or node.outputs[0].shape is None:
+        return None
+    whole = dims(node.outputs[0])
+    for repeated, other in itertools.permutations(node.inputs):
+        once = _operands("Expand", repeated)[0]
+        if once is None or other is None or None in whole or _rank(once) is None or _rank(other) is None:
+            continue
+        if dims(other) == whole and _rank(once) <= len(whole):
+            return op.node(node.op_type, once, other)
+    return None
+
+
+def _slope_of_swish(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """Of Y = x s with s = Sigmoid(x): dy s + dy x s (1 - s) is dy (s + Y (1 - s)), which leaves out x."""
+    if node.op_type != "Add":
+        return None
+    for direct, bent in itertools.permutations(node.inputs):
+        dy, s = _operands("Mul", direct)
+        x = _operands("Sigmoid", s)[0]
+        through, slope = _operands("Mul", bent)
+        same, rest = _operands("Mul", slope)
+        if x is None or s is None or same is not s or _operands("Mul", through) != (dy, x):
+            continue
+        product = next((use.node for use in s.uses() if set(use.node.inputs) == {x, s}), None)
+        if product is not None and product.op_type == "Mul" and _is_complement(rest, s):
+            return op.Mul(dy, op.Add(s, op.Mul(product.outputs[0], rest)))
+    return None
+
+
+def _operands(op_type: str, value: ir.Value | None) -> Sequence[ir.Value | None]:
+    """What the `op_type` node that makes `value` reads; None and None where another one makes it."""
+    node = None if value is None else value.producer()
+    return (None, None) if node is None or node.op_type != op_type or node.domain else node.inputs
+
+
+def _is_complement(value: ir.Value | None, s: ir.Value) -> bool:
+    """Whether `value` is 1 - s, as `onnxcam.vjp.shapes.complement` writes it."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "HardSigmoid" or node.inputs[0] is not s:
+        return False
+    return {name: attribute.value for name, attribute in node.attributes.items()} == {"alpha": -1, "beta": 1}
+
+
+def _sum_of_parts(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """The sum of parts, each padded with zeros to where it belongs in the whole, is the parts joined."""
+    if node.op_type != "Add" or node.outputs[0].shape is None:
+        return None
+    parts = list(map(_part, _terms(node.outputs[0])))
+    axes = {None if part is None else part.axis for part in parts}
+    axis = axes.pop()
+    if axis is None or axes:
+        return None
+    ordered = sorted(filter(None, parts), key=lambda part: part.start)
+    ends = [0, *(part.end for part in ordered)]
+    if [part.start for part in ordered] != ends[:-1] or ends[-1] != dims(node.outputs[0])[axis]:
+        return None
+    return op.Concat(*(part.value for part in ordered), axis=axis)
+
+
+def _terms(value: ir.Value | None) -> Iterator[ir.Value | None]:
+    """What `value` is the sum of."""
+    inputs = _operands("Add", value)
+    if inputs[0] is None:
+        yield value
+    else:
+        for term in inputs:
+            yield from _terms(term)
+
+
+class _Part(NamedTuple):
+    """A value that lies from `start` to `end` along `axis`, with nothing but zeros around it."""
+
+    value: ir.Value
+    axis: int
+    start: int
+    end: int
+
+
+def _part(value: ir.Value | None) -> _Part | None:
+    """Return what was padded with zeros along one axis to make `value`."""
+    x, sizes, *fill = _operands("Pad", value)
+    pads = None if sizes is None else constant_array(sizes)
+    if x is None or pads is None or any(fill):
+        return None
+    before, after = pads.reshape(2, -1).tolist()
+    padded = [axis for axis, both in enumerate(zip(before, after, strict=True)) if any(both)]
+    if len(padded) != 1 or len(before) != _rank(x) or min(before + after) < 0:
+        return None
+    length = dims(x)[padded[0]]
+    if not isinstance(length, int):
+        return None
+    return _Part(x, padded[0], before[padded[0]], before[padded[0]] + length)
+
+
 def _rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
+
+
+IDENTITIES = (
+    _one_hot_times_weights,
+    _mean_of_repeated,
+    _repeated_in_passing,
+    _slope_of_swish,
+    _squeezed_again,
+    _sum_of_parts,
+)

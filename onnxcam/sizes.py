@@ -67,12 +67,12 @@ def _refined(node: ir.Node, known: Known, opset: int) -> list[ir.Value]:
     better = []
     for value in node.outputs:
         for sizes in (found.get(value.name or ""), asked):
-            if sizes is not None and _sharpen(value, sizes):
+            if sizes is not None and sharpen(value, sizes):
                 better.append(value)
     return better
 
 
-def _sharpen(value: ir.Value, sizes: Sequence[Size]) -> bool:
+def sharpen(value: ir.Value, sizes: Sequence[Size]) -> bool:
     """Write `sizes` onto `value` where they say more than its shape does; return whether they do."""
     if value.shape is None:
         value.shape = ir.Shape(sizes)

@@ -153,18 +153,20 @@ def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, 
         The class indices, int64 [N,K] within 0..M-1, and a mask [N,K] that is false where the request
         was outside -M..M-1.
     """
-    count = op.Shape(scores, start=1, end=2)
+    known = dims(scores)[1]
+    count = np.array(known) if isinstance(known, int) else op.Shape(scores, start=1, end=2)
+    least, last = (-count, count - 1) if isinstance(count, np.ndarray) else (op.Neg(count), op.Sub(count, 1))
     images = op.Shape(scores, start=0, end=1)
     asked = op.Expand(classes, op.Concat(images, np.array([1]), axis=0))
-    last = op.Sub(count, 1)
-    place = op.Min(op.Max(op.Sub(-1, asked), 0), last)
+    inside = op.Min(op.Max(asked, least), last)
+    place = op.Max(op.Sub(-1, inside), 0)
     deepest = op.Reshape(op.Add(op.ReduceMax(place, keepdims=0), 1), [1])
     # Before opset 24 no TopK reads bfloat16.
     wide = op.Cast(scores, to=ir.DataType.FLOAT) if scores.dtype == ir.DataType.BFLOAT16 else scores
     _, ranked = op.TopK(wide, deepest, outputs=2)
     by_rank = op.GatherElements(ranked, place, axis=1)
-    index = op.Where(op.Less(asked, 0), by_rank, op.Min(asked, last))
-    valid = op.And(op.Less(asked, count), op.GreaterOrEqual(asked, op.Neg(count)))
+    index = op.Where(op.Less(inside, 0), by_rank, inside)
+    valid = op.Equal(asked, inside)
     return index, valid
 
 

@@ -29,13 +29,11 @@ def heatmap(op: Emitter, cam: Value, size: Size, signed: bool = False) -> Value:
     """
     # Up to half the largest number, so that the span from minimum to maximum is finite too.
     small = op.LessOrEqual(op.Abs(cam), float(np.finfo(np.float32).max) / 2)
-    finite = op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3])
+    finite = op.Greater(op.ReduceMin(op.Cast(small, to=ir.DataType.FLOAT), [2, 3]), 0.0)
     # A flat map is zero before the resizing, whose weights add up to 1 only nearly.
-    high = op.ReduceMax(cam, [2, 3])
-    says = op.Greater(high, op.ReduceMin(cam, [2, 3]))
-    if not signed:
-        says = op.And(says, op.Greater(high, 0.0))
-    clean = op.Where(op.And(op.Greater(finite, 0.0), says), cam, 0.0)
+    low, high = op.ReduceMin(cam, [2, 3]), op.ReduceMax(cam, [2, 3])
+    says = op.Greater(high, low if signed else op.Relu(low))
+    clean = op.Where(op.And(finite, says), cam, 0.0)
     full = resized(op, clean, size)
     if signed:
         largest = op.ReduceMax(op.Abs(full), [2, 3])

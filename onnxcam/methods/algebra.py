@@ -95,7 +95,8 @@ def unit(op: Emitter, maps: Value, axes: Sequence[int] = (2, 3)) -> Value:
     """Scale each map [N,K,h,w] to [0,1] by its minimum and maximum over `axes`; a flat one becomes zero."""
     low = op.ReduceMin(maps, list(axes), keepdims=1)
     span = op.Sub(op.ReduceMax(maps, list(axes), keepdims=1), low)
-    return op.Div(op.Sub(maps, low), op.Where(op.Greater(span, 0.0), span, 1.0))
+    assert maps.dtype is not None
+    return op.Div(op.Sub(maps, low), op.Max(span, float(np.finfo(maps.dtype.numpy()).tiny)))
 
 
 def scaled(op: Emitter, maps: Value, epsilon: float, axes: Sequence[int] = (2, 3)) -> Value:

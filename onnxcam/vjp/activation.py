@@ -1,22 +1,23 @@
 """Activation functions and softmax."""
 
-import functools
 import math
 
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
 from onnxcam.vjp.registry import vjp
-from onnxcam.vjp.shapes import gated, is_constant, unbroadcast
+from onnxcam.vjp.shapes import complement, constant_array, gated, is_constant, step, unbroadcast
 
 
 @vjp("Relu")
 def relu(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
-    return gated(op, dy, op.Greater(y, 0.0))
+    return op.Mul(dy, step(op, y, 0.0))
 
 
 @vjp("LeakyRelu")
 def leaky_relu(op: Emitter, dy: Value, y: Value, x: Value, *, alpha: float = 0.01) -> Value:
+    if 0 <= alpha <= 1:
+        return op.Mul(dy, op.Clip(step(op, y, 0.0), alpha, 1.0))
     positive = op.Greater(y if alpha >= 0 else x, 0.0)
     return op.Where(positive, dy, op.Mul(dy, alpha))
 
@@ -32,7 +33,7 @@ def prelu(op: Emitter, dy: Value, y: Value, x: Value, slope: Value) -> tuple[Val
 
 @vjp("ThresholdedRelu")
 def thresholded_relu(op: Emitter, dy: Value, y: Value, x: Value, *, alpha: float = 1.0) -> Value:
-    return gated(op, dy, op.Greater(y if alpha >= 0 else x, alpha))
+    return op.Mul(dy, step(op, y if alpha >= 0 else x, alpha))
 
 
 @vjp("Clip")
@@ -45,24 +46,30 @@ def clip(
     high: Value | None = None,
 ) -> tuple[Value, Value | None, Value | None]:
     """0 at the bounds, as in torch's ReLU6 and Hardtanh. Where the bounds cross, Y is the upper one."""
-    inside: list[Value] = []
+    dx = dy
     dlow, dhigh = None, None
     if low is not None:
-        inside.append(op.Greater(y, low))
+        dx = op.Mul(dx, _step(op, y, low))
         if not is_constant(low):
             clipped = op.Less(x, low)
             if high is not None:
                 clipped = op.And(clipped, op.Less(low, high))
             dlow = unbroadcast(op, op.Where(clipped, dy, 0.0), low, y)
     if high is not None:
-        inside.append(op.Less(y, high))
+        dx = op.Mul(dx, _step(op, y, high, rises=False))
         if not is_constant(high):
             clipped = op.Greater(x, high)
             if low is not None:
                 clipped = op.Or(clipped, op.Greater(low, high))
             dhigh = unbroadcast(op, op.Where(clipped, dy, 0.0), high, y)
-    dx = gated(op, dy, functools.reduce(op.And, inside)) if inside else dy
     return dx, dlow, dhigh
+
+
+def _step(op: Emitter, y: Value, bound: Value, rises: bool = True) -> Value:
+    fixed = constant_array(bound)
+    if fixed is not None and fixed.size == 1:
+        return step(op, y, float(fixed.item()), rises)
+    return op.CastLike(op.Greater(y, bound) if rises else op.Less(y, bound), y)
 
 
 @vjp("Shrink")
@@ -72,27 +79,27 @@ def shrink(op: Emitter, dy: Value, y: Value, x: Value, *, bias: float = 0.0, lam
 
 @vjp("Sigmoid")
 def sigmoid(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
-    return op.Mul(dy, op.Mul(y, op.Sub(1.0, y)))
+    return op.Mul(dy, op.Mul(y, complement(op, y)))
 
 
 @vjp("Tanh")
 def tanh(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
-    return op.Mul(dy, op.Sub(1.0, op.Mul(y, y)))
+    return op.Mul(dy, complement(op, op.Mul(y, y)))
 
 
 @vjp("HardSigmoid")
 def hard_sigmoid(
     op: Emitter, dy: Value, y: Value, x: Value, *, alpha: float = 0.2, beta: float = 0.5
 ) -> Value:
-    inside = op.And(op.Greater(y, 0.0), op.Less(y, 1.0))
-    return gated(op, op.Mul(dy, alpha), inside)
+    return op.Mul(op.Mul(op.Mul(dy, alpha), step(op, y, 0.0)), step(op, y, 1.0, rises=False))
 
 
 @vjp("HardSwish")
 def hard_swish(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
     """Y = x clip(x/6 + 1/2, 0, 1): the slope is x/3 + 1/2 for -3 < x < 3."""
-    bent = gated(op, op.Add(op.Div(x, 3.0), 0.5), op.And(op.Greater(x, -3.0), op.Less(x, 3.0)))
-    return op.Mul(dy, op.Add(bent, op.CastLike(op.GreaterOrEqual(x, 3.0), x)))
+    below = step(op, x, 3.0, rises=False)
+    bent = op.Mul(op.Mul(op.Add(op.Div(x, 3.0), 0.5), step(op, x, -3.0)), below)
+    return op.Mul(dy, op.Add(bent, complement(op, below)))
 
 
 @vjp("Elu")
@@ -130,12 +137,14 @@ def gelu(op: Emitter, dy: Value, y: Value, x: Value, *, approximate: str = "none
         squared = op.Mul(x, x)
         t = op.Tanh(op.Mul(op.Mul(x, op.Add(op.Mul(squared, 0.044715), 1.0)), scale))
         inner = op.Mul(op.Add(op.Mul(squared, 3 * 0.044715), 1.0), scale)
-        dt = op.Mul(op.Sub(1.0, op.Mul(t, t)), inner)
+        dt = op.Mul(complement(op, op.Mul(t, t)), inner)
         slope = op.Mul(op.Add(op.Add(t, 1.0), op.Mul(x, dt)), 0.5)
     else:
-        cumulative = op.Mul(op.Add(op.Erf(op.Mul(x, math.sqrt(0.5))), 1.0), 0.5)
-        density = op.Mul(op.Exp(op.Mul(op.Mul(x, x), -0.5)), 1.0 / math.sqrt(2.0 * math.pi))
-        slope = op.Add(cumulative, op.Mul(x, density))
+        t = op.Mul(x, math.sqrt(0.5))
+        cumulative = op.HardSigmoid(op.Erf(t), alpha=0.5, beta=0.5)
+        # x times the density: t exp(-t^2) / sqrt(pi)
+        spread = op.Mul(t, op.Exp(op.Sub(-0.5 * math.log(math.pi), op.Mul(t, t))))
+        slope = op.Add(cumulative, spread)
     return op.Mul(dy, slope)
 
 
@@ -143,7 +152,7 @@ def gelu(op: Emitter, dy: Value, y: Value, x: Value, *, approximate: str = "none
 def swish(op: Emitter, dy: Value, y: Value, x: Value, *, alpha: float = 1.0) -> Value:
     """Y = x s with s = sigmoid(alpha x): the slope is s + alpha y (1 - s)."""
     s = op.Sigmoid(op.Mul(x, alpha))
-    return op.Mul(dy, op.Add(s, op.Mul(op.Mul(y, op.Sub(1.0, s)), alpha)))
+    return op.Mul(dy, op.Add(s, op.Mul(op.Mul(y, complement(op, s)), alpha)))
 
 
 @vjp("SwiGLU")
@@ -170,7 +179,7 @@ def softsign(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
 @vjp("Mish")
 def mish(op: Emitter, dy: Value, y: Value, x: Value) -> Value:
     t = op.Tanh(op.Softplus(x))
-    inner = op.Mul(op.Mul(x, op.Sigmoid(x)), op.Sub(1.0, op.Mul(t, t)))
+    inner = op.Mul(op.Mul(x, op.Sigmoid(x)), complement(op, op.Mul(t, t)))
     return op.Mul(dy, op.Add(t, inner))
 
 

@@ -1,6 +1,7 @@
 """Convolution, and the sliding window that pooling shares with it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -112,6 +113,10 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
             )
     sizes, outs = dims(x)[2:], dims(y)[2:]
     n = len(sizes)
+    if not op.portable and dims(w)[:2] == [group, 1] and all(isinstance(d, int) for d in [*sizes, *outs]):
+        dx = _spread_depthwise(op, dy, w, sizes, outs, window, group)  # type: ignore[arg-type]
+        if dx is not None:
+            return dx
     common = {
         "kernel_shape": window.kernel,
         "strides": window.strides,
@@ -125,13 +130,16 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
             for out, step, extent, first in zip(outs, window.strides, window.extents(), begin, strict=True)
         ]
         surplus = [r - size for r, size in zip(reach, sizes, strict=True)]  # type: ignore[operator]
-        return op.ConvTranspose(
+        dx = op.ConvTranspose(
             dy,
             w,
             pads=begin + [max(s, 0) for s in surplus],
             output_padding=[max(-s, 0) for s in surplus],
             **common,
         )
+        # The largest of one element: it brings onnxruntime back to its layout of convolutions, which its
+        # ConvTranspose leaves, and all sums with the result would.
+        return dx if op.portable or n != 2 else op.MaxPool(dx, kernel_shape=[1] * n)
     fixed = isinstance(begin, list)
     widest = op.ConvTranspose(
         dy,
@@ -145,6 +153,54 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
     if fixed:
         return op.Slice(widest, [0] * n, length, spatial)
     return op.Slice(widest, begin, op.Add(begin, length), spatial)
+
+
+def _spread_depthwise(
+    op: Emitter, dy: Value, w: Value, sizes: Sequence[int], outs: Sequence[int], window: Window, group: int
+) -> Value | None:
+    """`spread` with each channel for itself: a convolution of `dy` with zeros between its elements.
+
+    onnxruntime 1.32 runs such a convolution blocked and on all cores, a ConvTranspose channel by channel.
+
+    Returns:
+        None where part of what this makes would have to be cut off.
+    """
+    if not isinstance(window.begin, list):
+        return None
+    steps, reach = window.strides, [extent - 1 for extent in window.extents()]
+    begin = [r - pad for r, pad in zip(reach, window.begin, strict=True)]
+    end = [
+        size - out * step + r - first
+        for size, out, step, r, first in zip(sizes, outs, steps, reach, begin, strict=True)
+    ]
+    if min(begin + end) < 0:
+        return None
+    n = len(steps)
+    repeated = op.Resize(
+        dy,
+        None,
+        np.array([1, 1, *steps], np.float32),
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    lit = [
+        np.tile(np.eye(1, step, dtype=dy.dtype.numpy())[0], out)  # type: ignore[union-attr]
+        for out, step in zip(outs, steps, strict=True)
+    ]
+    rows, *others = (
+        np.reshape(v, [-1 if a == axis else 1 for a in range(2 + n)]) for axis, v in enumerate(lit, 2)
+    )
+    mask = functools.reduce(op.Mul, others, op.constant(rows))
+    return op.Conv(
+        op.Mul(repeated, mask),
+        _turned(op, w, group),
+        kernel_shape=window.kernel,
+        strides=[1] * n,
+        dilations=window.dilations,
+        pads=begin + end,
+        group=group,
+    )
 
 
 def _turned(op: Emitter, w: Value, group: int) -> Value | None:

@@ -40,7 +40,8 @@ def gather(op: Emitter, dy: Value, y: Value, x: Value, indices: Value, *, axis: 
     if fixed is None or fixed.size != 1:
         return add_at(op, dy, x, op.Reshape(indices, [-1]), at)
     place = int(fixed.reshape(()))
-    size = extent(op, x, at)
+    known = dims(x)[at]  # whatever is gathered along does not have a row for each gradient
+    size = known if isinstance(known, int) else extent(op, x, at)
     before = place if place >= 0 else op.Add(size, place) if isinstance(size, Value) else size + place
     after = (
         -1 - place if place < 0 else op.Sub(size, place + 1) if isinstance(size, Value) else size - place - 1

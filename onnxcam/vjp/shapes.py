@@ -36,6 +36,32 @@ def gated(op: Emitter, dy: Value, passes: Value) -> Value:
     return op.Mul(dy, op.CastLike(passes, dy))
 
 
+ROWS = "cam_rows"
+"""Name of the leading dimension of a gradient that has a row for each image and class."""
+
+STEEP = 2.0**100
+"""Slope of what stands for a step; a power of two, so that its products are exact."""
+
+
+def step(op: Emitter, y: Value, bound: float, rises: bool = True) -> Value:
+    """Return 1 where ``y > bound``, or ``y < bound`` if it falls, and 0 elsewhere, in the type of `y`.
+
+    It is a HardSigmoid so steep that only numbers nearer than 1e-30 to a bound of 0 come out between, and no
+    float32 does at other bounds: onnxruntime leaves that in its blocked layout of convolutions, which it does
+    not for a comparison. float16 has no such slope, and what converts to it later is safe with `portable`.
+    """
+    exact = float(np.float32(bound)) == bound and abs(bound) < 2.0**20
+    if op.portable or not exact or y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        return op.CastLike(op.Greater(y, bound) if rises else op.Less(y, bound), y)
+    slope = STEEP if rises else -STEEP
+    return op.HardSigmoid(y, alpha=slope, beta=-slope * bound)
+
+
+def complement(op: Emitter, y: Value) -> Value:
+    """Return 1 - y, for `y` from 0 to 1; onnxruntime leaves a HardSigmoid in its layout of convolutions."""
+    return op.HardSigmoid(y, alpha=-1.0, beta=1.0)
+
+
 def _reason(x: Value) -> str:
     """Say with which value the shapes began to be unknown, and what to do."""
     first: Value | None = x
@@ -240,6 +266,10 @@ def unbroadcast(op: Emitter, dy: Value | None, x: Value, y: Value) -> Value | No
     if any(_may_broadcast(n, w) for n, w in pairs):
         return unbroadcast_at_run_time(op, dy, x, lead)
     inner = [lead + i for i, (n, w) in enumerate(pairs) if n == 1 and w != 1]
+    plane = list(range(2, len(wide)))
+    if plane and inner == plane and lead == 0 and all(isinstance(wide[i], int) for i in plane):
+        # A mean: onnxruntime finds it in its layout of convolutions, and no other sum.
+        return op.Mul(op.GlobalAveragePool(dy), float(math.prod(wide[i] for i in plane)))  # type: ignore[misc]
     if inner:
         dy = op.ReduceSum(dy, inner, keepdims=1)
     return op.ReduceSum(dy, list(range(lead)), keepdims=0) if lead else dy
