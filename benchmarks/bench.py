@@ -30,7 +30,7 @@ from onnxcam.card import Card
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results.md")
-QUICK = ("explained/resnet50/1", "explained/efficientnet_b0/1", "five/resnet50", "size/resnet50")
+QUICK = ("explained/resnet50/1", "explained/efficientnet_b0/1", "five/resnet50/1", "size/resnet50")
 IMAGENET = {"color": "RGB", "scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -64,13 +64,13 @@ def rows() -> Iterator[Row]:
             True,
             lambda pairs, name=name, batch=batch: explained(name, batch, pairs),
         )
-    for name in models:
+    for name, batch in itertools.product(models, (1, 8)):
         yield Row(
-            f"five/{name}",
-            f"explained for 5 classes / plain, {name}",
+            f"five/{name}/{batch}",
+            f"explained for 5 classes / plain, {name}, batch {batch}",
             1.05,
             True,
-            lambda pairs, name=name: explained(name, 1, pairs, classes=5),
+            lambda pairs, name=name, batch=batch: explained(name, batch, pairs, classes=5),
         )
     for name in ("efficientnet_lite0", "pp_lcnet_orientation", "squeezenet1_1"):
         yield Row(
@@ -80,28 +80,30 @@ def rows() -> Iterator[Row]:
             True,
             lambda pairs, name=name: explained(name, 1, pairs, on_demand=True),
         )
-    for name in ("vit_b_16", "swin_t"):
+    for name, batch in itertools.product(("vit_b_16", "swin_t"), (1, 8)):
         yield Row(
-            f"explained/{name}/1",
-            f"explained / plain, {name}",
+            f"explained/{name}/{batch}",
+            f"explained / plain, {name}, batch {batch}",
             1.10,
             True,
-            lambda pairs, name=name: explained(name, 1, pairs),
+            lambda pairs, name=name, batch=batch: explained(name, batch, pairs),
         )
-    yield Row(
-        "middle/resnet50",
-        "Grad-CAM at layer2 / plain, resnet50",
-        1.9,
-        True,
-        lambda pairs: explained("resnet50", 1, pairs, layer="layer2"),
-    )
-    for name, goal in (("resnet50", 2.1), ("efficientnet_b0", 2.3), ("vit_b_16", 2.2)):
+    for batch in (1, 8):
         yield Row(
-            f"input/{name}",
-            f"gradient at the input / plain, {name}",
+            f"middle/resnet50/{batch}",
+            f"Grad-CAM at layer2 / plain, resnet50, batch {batch}",
+            1.9,
+            True,
+            lambda pairs, batch=batch: explained("resnet50", batch, pairs, layer="layer2"),
+        )
+    backward = (("resnet50", 2.1), ("efficientnet_b0", 2.3), ("vit_b_16", 2.2))
+    for (name, goal), batch in itertools.product(backward, (1, 8)):
+        yield Row(
+            f"input/{name}/{batch}",
+            f"gradient at the input / plain, {name}, batch {batch}",
             goal,
             True,
-            lambda pairs, name=name: at_input(name, pairs),
+            lambda pairs, name=name, batch=batch: at_input(name, batch, pairs),
         )
     for peer, goals in (("pytorch-grad-cam", (7, 15, 15)), ("torchcam", (3, 5, 8))):
         for name, goal in zip(convolutional[:3], goals, strict=True):
@@ -153,8 +155,8 @@ def rows() -> Iterator[Row]:
     )
     yield Row(
         "size/input/resnet50",
-        "bytes added by the gradient at the input, resnet50 / 64 KiB",
-        1,
+        "bytes added by the gradient at the input / those of the model, resnet50",
+        0.01,
         True,
         lambda pairs: size("resnet50", at_the_input=True),
     )
@@ -177,7 +179,7 @@ def explained(name: str, batch: int, pairs: int, classes: int = 1, **options: An
     return in_turn(lambda: with_map.run(None, asked), lambda: without.run(None, feeds), pairs)
 
 
-def at_input(name: str, pairs: int) -> Ratio:
+def at_input(name: str, batch: int, pairs: int) -> Ratio:
     """The model with the gradient of the scores at its input against the model alone."""
     path = _file(name)
     without = session(path)
@@ -186,9 +188,9 @@ def at_input(name: str, pairs: int) -> Ratio:
         out = Path(folder) / "gradient.onnx"
         gradient(path, scores.name, given, out)
         with_gradient = session(out)
-    feeds = picture(path, 1)
-    seed = np.zeros((1, scores.shape[1]), np.float32)
-    seed[0, 0] = 1
+    feeds = picture(path, batch)
+    seed = np.zeros((batch, scores.shape[1]), np.float32)
+    seed[:, 0] = 1
     asked = {**feeds, f"{scores.name}_seed": seed}
     return in_turn(lambda: with_gradient.run(None, asked), lambda: without.run(None, feeds), pairs)
 
@@ -284,12 +286,13 @@ def attaching(name: str) -> Ratio:
 
 
 def size(name: str, at_the_input: bool = False) -> Ratio:
-    """Bytes that explaining adds to the file."""
+    """Bytes that explaining adds to the file, in 64 KiB; at the input, in sizes of the model."""
     path = _file(name)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "explained.onnx"
         attach(path, out, **({"method": "saliency"} if at_the_input else {}))
-        return Ratio.of([(out.stat().st_size - path.stat().st_size, 64 * 1024)])
+        before = path.stat().st_size
+        return Ratio.of([(out.stat().st_size - before, before if at_the_input else 64 * 1024)])
 
 
 def folder(pairs: int) -> Ratio:

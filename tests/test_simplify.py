@@ -139,6 +139,85 @@ def test_the_mean_of_several_numbers_stays_a_mean(axes, shape, to, keepdims):
     np.testing.assert_allclose(got, wanted, rtol=1e-14)
 
 
+def swish(x_of_y=0, alpha=-1.0):
+    """The gradient of Y = x sigmoid(x) by its factors, as the rules of Mul and Sigmoid write it."""
+
+    def emit(op, x):
+        s = op.Sigmoid(x)
+        y = op.Mul((x, op.Neg(x))[x_of_y], s)
+        dy = op.Cos(y)
+        slope = op.Mul(s, op.HardSigmoid(s, alpha=alpha, beta=1.0))
+        return op.Add(op.Mul(dy, s), op.Mul(op.Mul(dy, x), slope))
+
+    return emit
+
+
+def parts(*pads, fill=None, sizes=(2, 1, 3), axis=1):
+    """A sum of parts of some sizes, each padded along an axis."""
+
+    def emit(op, x):
+        starts = np.cumsum([0, *sizes])
+        found = []
+        for (before, after), start, size in zip(pads, starts, sizes, strict=False):
+            every = np.zeros((2, 2), np.int64)
+            every[:, axis] = before, after
+            part = op.Slice(x, [start], [start + size], [axis])
+            found.append(op.Pad(op.Tanh(part), every.ravel(), fill))
+        total = found[0]
+        for part in found[1:]:
+            total = op.Add(part, total)
+        return total
+
+    return emit
+
+
+SAME = {
+    "a slope of SiLU": (swish(), ["Add", "Cos", "HardSigmoid", "Mul", "Mul", "Mul", "Sigmoid"]),
+    "parts of a whole": (parts((0, 4), (2, 3), (3, 0)), ["Concat", *["Slice", "Tanh"] * 3]),
+    "parts in another order": (parts((4, 0), (3, 2), (0, 3)), ["Concat", *["Slice", "Tanh"] * 3]),
+    "axes put in and taken out": (lambda op, x: op.Squeeze(op.Unsqueeze(op.Tanh(x), [1]), [1]), ["Tanh"]),
+    "a repeated summand": (
+        lambda op, x: op.Add(op.Expand(op.Tanh(op.ReduceSum(x, [1])), [3, 6]), op.Cos(x)),
+        ["Add", "Cos", "ReduceSum", "Tanh"],
+    ),
+    "a repeated factor": (
+        lambda op, x: op.Mul(op.Cos(x), op.Expand(op.Tanh(op.ReduceSum(x, [1])), [3, 6])),
+        ["Cos", "Mul", "ReduceSum", "Tanh"],
+    ),
+}
+OTHER = {
+    "a slope of another product": swish(x_of_y=1),
+    "a slope with another complement": swish(alpha=-0.5),
+    "parts of more than they fill": parts((0, 5), (2, 4), (3, 1)),
+    "parts that overlap": parts((0, 4), (1, 4), (3, 0)),
+    "parts that leave a gap": parts((0, 4), (3, 0), sizes=(2, 3)),
+    "parts in ones": parts((0, 4), (2, 3), (3, 0), fill=1.0),
+    "axes put in before others": lambda op, x: op.Squeeze(op.Unsqueeze(op.ReduceSum(x, [1]), [0]), [2]),
+    "a summand that is repeated too": lambda op, x: op.Add(
+        op.Expand(op.ReduceSum(x, [1]), [3, 6]), op.ReduceSum(x, [0])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_numbers_from_less_work(name):
+    emit, operators = SAME[name]
+    (_, plain), (found, better) = simplified(emit, shape=(3, 6), dtype=ir.DataType.DOUBLE)
+    assert found == sorted(operators)
+    x = RNG.standard_normal((3, 6))
+    wanted, got = plain.run(None, {"i": x})[0], better.run(None, {"i": x})[0]
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_only_looks_alike_stays(name):
+    (before, plain), (after, better) = simplified(OTHER[name], shape=(3, 6), dtype=ir.DataType.DOUBLE)
+    assert after == before
+    x = RNG.standard_normal((3, 6))
+    np.testing.assert_array_equal(better.run(None, {"i": x})[0], plain.run(None, {"i": x})[0])
+
+
 @pytest.mark.parametrize("graph", [graphs.LINEAR, graphs.DEEP, graphs.FLAT_HEAD, graphs.CONV_HEAD])
 @pytest.mark.parametrize("layer", ["r", "x"])
 @pytest.mark.parametrize("score", ["before", "after"])

@@ -1,6 +1,7 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as f
@@ -11,6 +12,7 @@ import onnxcam
 from onnxcam.backward import gradient
 from onnxcam.emit import Emitter
 from onnxcam.vjp import RULES
+from onnxcam.vjp.shapes import step
 from tests.checks import check_vjp, dtypes_of_gradients, gradients_in, reference
 
 RNG = np.random.default_rng(3)
@@ -289,3 +291,31 @@ def test_every_rule_of_activation_is_tested_here():
         "LogSoftmax",
         "Hardmax",
     }
+
+
+@pytest.mark.parametrize("rises", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        (dtype, bound)
+        for dtype in ("float16", "float32", "float64")
+        for bound in (0.0, 1.0, -3.0, 6.0, 0.1, 1e10)
+        if bound < np.finfo(dtype).max
+    ],
+)
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_step_is_one_beyond_the_bound_and_zero_up_to_it(rises, bound, dtype, portable):
+    kind = np.dtype(dtype)
+    at = kind.type(bound)
+    near = [np.nextafter(at, kind.type(to)) for to in (-np.inf, np.inf)] if bound else [-1e-4, 1e-4]
+    y = np.array([at, *near, -np.inf, np.inf, -1e4, 1e4, 0, 1, -1, bound - 1, bound + 1], kind)
+    value = ir.Value(name="y", shape=ir.Shape(y.shape), type=ir.TensorType(ir.DataType.from_numpy(kind)))
+    graph = ir.Graph([value], [], nodes=[], name="g", opset_imports={"": 18})
+    op = Emitter(graph, 18, "test", portable)
+    graph.outputs.append(op.Identity(step(op, value, bound, rises)))
+    proto = ir.to_proto(ir.Model(graph, ir_version=10))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"y": y})[0]
+    wanted = y > at if rises else y < at
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, wanted.astype(kind))

@@ -27,6 +27,15 @@ def normal(*shape):
         ((2, 3, 7, 6), (4, 3, 3, 2), {}),
         ((2, 4, 7, 6), (6, 2, 3, 3), {"group": 2, "strides": [2, 3], "pads": [1, 1, 1, 1]}),
         ((1, 4, 9, 8), (4, 1, 3, 3), {"group": 4, "dilations": [2, 1], "pads": [2, 1, 2, 1]}),
+        # depthwise with strides: between the elements of dy come zeros, none or one too many at the end
+        ((2, 4, 8, 9), (4, 1, 3, 5), {"group": 4, "strides": [2, 3], "pads": [1, 2, 1, 2]}),
+        (
+            (1, 3, 9, 12),
+            (3, 1, 2, 3),
+            {"group": 3, "strides": [3, 2], "dilations": [2, 1], "pads": [1, 0, 1, 0]},
+        ),
+        ((1, 3, 7, 7), (3, 1, 1, 1), {"group": 3, "strides": [2, 2]}),
+        ((2, 3, 11), (3, 1, 4), {"group": 3, "strides": [2], "pads": [1, 1]}),
         ((1, 2, 9, 10), (3, 2, 4, 3), {"strides": [3, 2], "dilations": [2, 2], "pads": [3, 2, 3, 2]}),
         ((2, 3, 11), (4, 3, 4), {"strides": [3], "pads": [2, 2]}),
         ((1, 2, 5, 6, 4), (2, 2, 2, 3, 2), {"strides": [2, 1, 3], "pads": [0, 1, 1, 0, 1, 1]}),
