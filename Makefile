@@ -2,7 +2,7 @@ PYTHON ?= python3
 FACTS = --color rgb --scale 1 --mean 127 --std 128 --resize stretch --interpolation bicubic \
         --labels models/imagenet_labels.txt
 
-.PHONY: demo test test-deploy check docs parity parity-check bench bench-quick runtimes zoo web test-web clean
+.PHONY: demo test test-deploy check docs parity parity-check bench bench-quick bench-why runtimes zoo web test-web clean
 
 # Explains a real photo with a real model; needs no PyTorch.
 demo: .venv/ready
@@ -36,9 +36,15 @@ parity: .venv-test/ready
 parity-check: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.parity
 
-# What explaining costs, against the goals; writes benchmarks/results.md. An hour, on a machine that does nothing else.
+# What explaining costs, against the goals; writes benchmarks/results.md. Half an hour, on a machine that does
+# nothing else.
 bench: .venv-test/ready
 	.venv-test/bin/python -W ignore -m benchmarks.bench
+
+# Where the time goes, and how it grows; writes benchmarks/profiles.md, benchmarks/growth.md and docs/growth.png.
+bench-why: .venv-test/ready
+	.venv-test/bin/python -W ignore -m benchmarks.profiles
+	.venv-test/bin/python -W ignore -m benchmarks.growth
 
 bench-quick: .venv-test/ready
 	.venv-test/bin/python -W ignore -m benchmarks.bench --quick

@@ -41,8 +41,10 @@ class Ratio:
         return cls(float(low), float(median), float(high), (float(first), float(second)), len(array))
 
 
-def in_turn(first: Callable[[], object], second: Callable[[], object], pairs: int, warm: int = 3) -> Ratio:
-    """Call both in turn, each pair in the other order, and compare the times."""
+def in_turn(
+    first: Callable[[], object], second: Callable[[], object], pairs: int, warm: int = 3, rest: float = 0.0
+) -> Ratio:
+    """Call both in turn, each pair in the other order, and compare the times; `rest`: seconds before each."""
     for _ in range(warm):
         first()
         second()
@@ -50,6 +52,7 @@ def in_turn(first: Callable[[], object], second: Callable[[], object], pairs: in
     for pair in range(pairs):
         took = [0.0, 0.0]
         for which in (0, 1) if pair % 2 else (1, 0):
+            time.sleep(rest)
             start = time.perf_counter()
             (first, second)[which]()
             took[which] = time.perf_counter() - start
@@ -61,8 +64,7 @@ def session(path: Path, **config: str) -> onnxruntime.InferenceSession:
     """Open a session with two threads that sleep when idle, so that they leave the cores to the other one."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, THREADS
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for name, value in config.items():
+    for name, value in {"session.intra_op.allow_spinning": "0", **config}.items():
         options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -183,6 +183,11 @@ class _Part(NamedTuple):
     axis: int
     start: int
     end: int
+    pads: ir.Value
+
+    def lies_like(self, other: "_Part") -> bool:
+        """Whether `other` is padded in the same way."""
+        return self[1:4] == other[1:4]
 
 
 def _part(value: ir.Value | None) -> _Part | None:
@@ -198,7 +203,65 @@ def _part(value: ir.Value | None) -> _Part | None:
     length = dims(x)[padded[0]]
     if not isinstance(length, int):
         return None
-    return _Part(x, padded[0], before[padded[0]], before[padded[0]] + length)
+    return _Part(x, padded[0], before[padded[0]], before[padded[0]] + length, sizes)
+
+
+def _work_for_a_part(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """Of what is zero but for a small part, such as the one token that a head reads, only that is computed.
+
+    Products, sums of what lies alike, and all that takes each entry of the axis for itself.
+    """
+    y = node.outputs[0]
+    if node.op_type not in ("Add", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub") or y.shape is None:
+        return None
+    parts = [_small_part(value, y) for value in (*node.inputs, None)[:2]]
+    part = parts[0] or parts[1]
+    if part is None:
+        return None
+    found = None
+    others = [value for value, own in zip((*node.inputs, None), parts, strict=False) if own is None]
+    match node.op_type:
+        case "Add" | "Sub" if parts[0] and parts[1] and parts[0].lies_like(parts[1]):
+            found = op.node(node.op_type, parts[0].value, parts[1].value)
+        case "Mul" if parts[0] and parts[1]:
+            found = op.Mul(parts[0].value, parts[1].value) if parts[0].lies_like(parts[1]) else None
+        case "Mul":
+            other = _at_part(op, others[0], part, len(y.shape))
+            found = None if other is None else op.Mul(part.value, other)
+        case "MatMul" if parts[0] and part.axis < len(y.shape) - 1 and others[0] is not None:
+            found = op.MatMul(part.value, others[0]) if _rank(others[0]) == 2 else None
+        case "ReduceMean" | "ReduceSum" if parts[0] and others and others[0] is not None:
+            axes = constant_array(others[0])
+            kept = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int()
+            if (
+                axes is not None
+                and axes.size
+                and kept
+                and part.axis not in axes_of(axes.tolist(), len(y.shape))
+            ):
+                found = op.node(node.op_type, part.value, others[0], keepdims=1)
+    return None if found is None else op.Pad(found, part.pads)
+
+
+def _small_part(value: ir.Value | None, y: ir.Value) -> _Part | None:
+    """Return what was padded to `value`, if it was a quarter at most of `y` along the axis."""
+    part = None if value is None or _rank(value) != _rank(y) else _part(value)
+    if part is None:
+        return None
+    whole = dims(y)[part.axis]
+    return part if isinstance(whole, int) and 4 * (part.end - part.start) <= whole else None
+
+
+def _at_part(op: Emitter, other: ir.Value | None, part: _Part, ndim: int) -> ir.Value | None:
+    """Cut from `other`, which broadcasts against `ndim` axes, what meets the part."""
+    rank = None if other is None else _rank(other)
+    if other is None or rank is None:
+        return None
+    axis = part.axis - (ndim - rank)
+    if axis < 0 or dims(other)[axis] == 1:
+        return other
+    known = isinstance(dims(other)[axis], int)
+    return op.Slice(other, [part.start], [part.end], [axis]) if known else None
 
 
 def _rank(value: ir.Value) -> int | None:
@@ -212,4 +275,5 @@ IDENTITIES = (
     _slope_of_swish,
     _squeezed_again,
     _sum_of_parts,
+    _work_for_a_part,
 )

@@ -340,7 +340,7 @@ def disguise(monkeypatch, place, **fields):
         return [SimpleNamespace(**{**known, **fields}), *others]
 
     setattr(Session, place, told)
-    monkeypatch.setattr(onnxcam.runtime, "_session", lambda path, _: Session(path, quiet()))
+    monkeypatch.setattr(onnxcam.runtime, "_session", lambda path, *_: Session(path, quiet()))
 
 
 def test_number_of_classes_that_the_graph_leaves_open(small, small_explained, monkeypatch, photo):
@@ -422,10 +422,10 @@ def test_branch_that_onnxruntime_cannot_run(small, monkeypatch):
     """It may lack a kernel that the gradient needs and the model does not."""
     real = onnxcam.runtime._session
 
-    def session(path, provider):
+    def session(path, provider, few):
         if path != str(small):
             raise RuntimeError("no implementation of Where")
-        return real(path, provider)
+        return real(path, provider, few)
 
     monkeypatch.setattr(onnxcam.runtime, "_session", session)
     with pytest.raises(OnnxcamError, match=r"^onnxruntime cannot load .*: no implementation of Where$"):
@@ -820,3 +820,21 @@ def test_no_more_pictures_are_read_than_are_needed_soon(explainer, photo):
     assert len(read) <= 4
     found.close()
     assert len(read) <= 4
+
+
+def test_few_pictures_get_the_same_maps(lite0, monkeypatch):
+    levels = []
+    real = onnxcam.runtime._session
+
+    def session(path, provider, few):
+        opened = real(path, provider, few)
+        levels.append(opened.get_session_options().graph_optimization_level)
+        return opened
+
+    monkeypatch.setattr(onnxcam.runtime, "_session", session)
+    photo = Image.open(Path(__file__).parents[1] / "models" / "chelsea.png")
+    many, few = (Explainer(lite0, few=few)(photo, ["top2", 0]) for few in (False, True))
+    level = onnxruntime.GraphOptimizationLevel
+    assert levels == [level.ORT_ENABLE_ALL, level.ORT_ENABLE_EXTENDED]
+    assert [c.index for c in few.classes] == [c.index for c in many.classes]
+    np.testing.assert_allclose(few.heatmap, many.heatmap, atol=1e-5)

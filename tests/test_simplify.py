@@ -171,7 +171,35 @@ def parts(*pads, fill=None, sizes=(2, 1, 3), axis=1):
     return emit
 
 
+W66, W33 = RNG.standard_normal((6, 6)), RNG.standard_normal((3, 3))
+ONE = parts((2, 3), sizes=(1,))
+
 SAME = {
+    "a factor of a part": (lambda op, x: op.Mul(x, ONE(op, x)), ["Mul", "Pad", "Slice", "Slice", "Tanh"]),
+    "a factor for every entry": (
+        lambda op, x: op.Mul(ONE(op, x), op.ReduceSum(x, [1])),
+        ["Mul", "Pad", "ReduceSum", "Slice", "Tanh"],
+    ),
+    "a factor of fewer axes": (
+        lambda op, x: op.Mul(ONE(op, x), op.ReduceSum(x, [0], keepdims=0)),
+        ["Mul", "Pad", "ReduceSum", "Slice", "Slice", "Tanh"],
+    ),
+    "a difference of parts": (
+        lambda op, x: op.Sub(ONE(op, x), ONE(op, op.Cos(x))),
+        ["Cos", "Pad", "Slice", "Slice", "Sub", "Tanh", "Tanh"],
+    ),
+    "a product of parts": (
+        lambda op, x: op.Mul(ONE(op, x), ONE(op, op.Cos(x))),
+        ["Cos", "Mul", "Pad", "Slice", "Slice", "Tanh", "Tanh"],
+    ),
+    "a matrix for each entry": (
+        lambda op, x: op.MatMul(parts((0, 5), sizes=(1,), axis=0)(op, op.Transpose(x)), W33),
+        ["MatMul", "Pad", "Slice", "Tanh", "Transpose"],
+    ),
+    "a mean over another axis": (
+        lambda op, x: op.ReduceMean(ONE(op, x), [0]),
+        ["Pad", "ReduceMean", "Slice", "Tanh"],
+    ),
     "a slope of SiLU": (swish(), ["Add", "Cos", "HardSigmoid", "Mul", "Mul", "Mul", "Sigmoid"]),
     "parts of a whole": (parts((0, 4), (2, 3), (3, 0)), ["Concat", *["Slice", "Tanh"] * 3]),
     "parts in another order": (parts((4, 0), (3, 2), (0, 3)), ["Concat", *["Slice", "Tanh"] * 3]),
@@ -186,6 +214,12 @@ SAME = {
     ),
 }
 OTHER = {
+    "a large part": lambda op, x: op.Mul(parts((0, 3), sizes=(3,))(op, x), x),
+    "parts that lie elsewhere": lambda op, x: op.Sub(
+        parts((0, 5), sizes=(1,))(op, x), parts((5, 0), sizes=(1,))(op, x)
+    ),
+    "a product over the part": lambda op, x: op.MatMul(parts((0, 5), sizes=(1,))(op, x), W66),
+    "a sum over the part": lambda op, x: op.ReduceSum(parts((0, 5), sizes=(1,))(op, x), [1]),
     "a slope of another product": swish(x_of_y=1),
     "a slope with another complement": swish(alpha=-0.5),
     "parts of more than they fill": parts((0, 5), (2, 4), (3, 1)),

@@ -1,7 +1,7 @@
 """Tries explained models and gradient rules in every runtime, and writes docs/runtimes.md: ``make runtimes``.
 
     python -m benchmarks.runtimes FOLDER            # everything; goes on where it stopped
-    python -m benchmarks.runtimes FOLDER --known    # only writes the page, of what was found so far
+    python -m benchmarks.runtimes FOLDER --known webgpu    # of WebGPU, takes only what was found so far
 
 FOLDER is where npm has put onnxruntime-web. What was found stays in build/runtimes.jsonl, by runtime,
 version and file, so that nothing in it is ever out of date.
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ RUNTIMES = {
 class Bench:
     """The engines, and what was found with them."""
 
-    def __init__(self, folder: Path, only_known: bool = False) -> None:
+    def __init__(self, folder: Path, only_known: Sequence[str] = ()) -> None:
         self.only_known = only_known
         self.versions = versions(folder)
         self._folder = folder
@@ -69,7 +69,7 @@ class Bench:
         contents = model.read_bytes() + b"".join(key.encode() + a.tobytes() for key, a in feeds.items())
         digest = hashlib.sha256(contents).digest()
         key = f"{name} {self.versions[name]} {digest.hex()}"
-        if key not in self._known and self.only_known:
+        if key not in self._known and name in self.only_known:
             return None
         if key not in self._known:
             if digest not in self._wanted:
@@ -198,7 +198,13 @@ def converted(folder: Path, bench: Bench) -> dict[str, Any]:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.runtimes")
     parser.add_argument("folder", type=Path, help="where npm has put onnxruntime-web")
-    parser.add_argument("--known", action="store_true", help="only write the page, of what was found so far")
+    parser.add_argument(
+        "--known",
+        nargs="*",
+        choices=RUNTIMES,
+        default=(),
+        help="do not run these: write what was found so far",
+    )
     given = parser.parse_args(arguments)
     bench = Bench(given.folder.resolve(), given.known)
 

@@ -300,7 +300,7 @@ def test_every_rule_of_activation_is_tested_here():
         (dtype, bound)
         for dtype in ("float16", "float32", "float64")
         for bound in (0.0, 1.0, -3.0, 6.0, 0.1, 1e10)
-        if bound < np.finfo(dtype).max
+        if bound < float(np.finfo(dtype).max)
     ],
 )
 @pytest.mark.parametrize("portable", [False, True])
