@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

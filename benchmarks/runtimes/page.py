@@ -185,8 +185,10 @@ To explain in them:
 - Attach with `--portable`, for all but onnxruntime-web, whose wasm provider never needs it and WebGPU for
   max pools. A run then explains one class (`cam_class` is `[N,1]`), because most of these runtimes do not
   run a Scan as ONNX defines it; what a method does for each of up to 64 channels or samples is written
-  out, and refused for more. MaxPool's gradient does without the Indices, and square weights are copied
-  before a gradient reads them. `onnxcam.Explainer` runs such a model once for each class.
+  out, and refused for more. MaxPool's gradient does without the Indices, square weights are copied
+  before a gradient reads them, and the steps of Relu and the like are comparisons, not steep HardSigmoids,
+  whose slope 2^100 no float16 holds: also what to attach before a tool turns the file into float16.
+  `onnxcam.Explainer` runs such a model once for each class.
   `onnxcam.gradient` takes `portable=True` too.
 - tract and OpenCV want the sizes of all inputs as numbers: fix them before attaching, with `python -m
   onnxruntime.tools.make_dynamic_shape_fixed --dim_param N --dim_value 1 model.onnx fixed.onnx`.
