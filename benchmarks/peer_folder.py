@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from pytorch_grad_cam import GradCAM
 
 from tests import vision  # noqa: F401
 
 import torchvision  # isort: skip
+from pytorch_grad_cam import GradCAM  # isort: skip
 
 BATCH = 8
 
@@ -42,7 +42,7 @@ def main():
     loader = torch.utils.data.DataLoader(Photos(sys.argv[1]), BATCH, num_workers=1)
     cam = GradCAM(model, [model.layer4])
     start = time.perf_counter()
-    count = sum(len(cam(pictures)) for pictures in loader)
+    count = sum(len(cam(pictures, None)) for pictures in loader)
     assert count == len(loader.dataset)
     print(time.perf_counter() - start)
 
