@@ -52,7 +52,8 @@ def measured(path: Path, batch: int = 1, classes: int = 1, **options: Any) -> tu
         out = Path(folder) / "explained.onnx"
         attach(path, out, **options)
         ratio = _ratio(out, path, feeds, classes)
-        peaks = [_peak(file, batch, classes) for file in (out, path)]
+        size = next(iter(feeds.values())).shape[-1]
+        peaks = [_peak(file, batch, size, classes) for file in (out, path)]
     return ratio.median, *peaks
 
 
@@ -62,27 +63,29 @@ def _ratio(out: Path, path: Path, feeds: dict[str, np.ndarray], classes: int) ->
     return in_turn(lambda: explained.run(None, asked), lambda: alone.run(None, feeds), PAIRS, warm=2)
 
 
-def _peak(path: Path, batch: int, classes: int) -> float:
+# In a process that imports nothing else; not getrusage's peak, which begins with that of the process above.
+_PEAK = """
+import re, sys
+import numpy, onnxruntime
+path, batch, size, classes = sys.argv[1], *map(int, sys.argv[2:])
+options = onnxruntime.SessionOptions()
+options.log_severity_level, options.intra_op_num_threads = 3, 2
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+feeds = {session.get_inputs()[0].name: numpy.zeros((batch, 3, size, size), numpy.float32)}
+if any(value.name == "cam_class" for value in session.get_overridable_initializers()):
+    feeds["cam_class"] = numpy.arange(classes)[None]
+session.run(None, feeds)
+print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024)
+"""
+
+
+def _peak(path: Path, batch: int, size: int, classes: int) -> float:
     """MiB that a process of its own takes to open and run a model."""
-    command = [sys.executable, "-m", "benchmarks.growth", "--peak", str(path), str(batch), str(classes)]
+    command = [sys.executable, "-c", _PEAK, str(path), str(batch), str(size), str(classes)]
     return float(subprocess.check_output(command, text=True).split()[-1])
 
 
-def _run(path: Path, batch: int, classes: int) -> None:
-    opened = session(path)
-    feeds = picture(path, batch)
-    if any(value.name == "cam_class" for value in opened.get_overridable_initializers()):
-        feeds["cam_class"] = np.arange(classes)[None]
-    opened.run(None, feeds)
-    # Not getrusage's, which begins with the peak of the process that started this one.
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    print(int(status["VmHWM"].split()[0]) / 1024)
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["--peak"]:
-        _run(Path(sys.argv[2]), *map(int, sys.argv[3:]))
-        return
     whole = plain(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         sizes = {size: of_size(size, Path(folder) / f"{size}.onnx") for size in (224, 384, 512, 768, 1024)}
