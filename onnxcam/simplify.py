@@ -112,9 +112,10 @@ def _repeated_in_passing(op: Emitter, node: ir.Node) -> ir.Value | None:
     whole = dims(node.outputs[0])
     for repeated, other in itertools.permutations(node.inputs):
         once = _operands("Expand", repeated)[0]
-        if once is None or other is None or None in whole or _rank(once) is None or _rank(other) is None:
+        rank = None if once is None else _rank(once)
+        if rank is None or other is None or _rank(other) is None or None in whole:
             continue
-        if dims(other) == whole and _rank(once) <= len(whole):
+        if dims(other) == whole and rank <= len(whole):
             return op.node(node.op_type, once, other)
     return None
 
@@ -194,8 +195,10 @@ def _part(value: ir.Value | None) -> _Part | None:
     """Return what was padded with zeros along one axis to make `value`."""
     x, sizes, *fill = _operands("Pad", value)
     pads = None if sizes is None else constant_array(sizes)
-    if x is None or pads is None or any(fill):
+    if value is None or x is None or sizes is None or pads is None or any(fill):
         return None
+    if value.producer().attributes:  # type: ignore[union-attr]
+        return None  # another mode
     before, after = pads.reshape(2, -1).tolist()
     padded = [axis for axis, both in enumerate(zip(before, after, strict=True)) if any(both)]
     if len(padded) != 1 or len(before) != _rank(x) or min(before + after) < 0:

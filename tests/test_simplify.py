@@ -214,6 +214,10 @@ SAME = {
     ),
 }
 OTHER = {
+    "parts in another mode": lambda op, x: op.Add(
+        op.Pad(op.Tanh(x), [0, 3, 0, 0], mode="edge"),
+        op.Pad(op.Slice(x, [0], [3], [1]), [0, 0, 0, 6], mode="edge"),
+    ),
     "a large part": lambda op, x: op.Mul(parts((0, 3), sizes=(3,))(op, x), x),
     "parts that lie elsewhere": lambda op, x: op.Sub(
         parts((0, 5), sizes=(1,))(op, x), parts((5, 0), sizes=(1,))(op, x)
