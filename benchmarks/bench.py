@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.pairs import THREADS, Ratio, in_turn, picture, plain, session
-from onnxcam import attach, gradient
+from onnxcam import Explainer, attach, gradient
 from onnxcam.card import Card
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +137,14 @@ def rows() -> Iterator[Row]:
         False,
         lambda pairs: process(min(pairs, 5), "memory"),
     )
+    for what, measure, goal in (("open", "opening the model", 1.0), ("picture", "explaining a picture", 2.0)):
+        yield Row(
+            f"few/{what}",
+            f"{measure}, few=True / few=False, resnet50",
+            goal,
+            True,
+            lambda pairs, what=what: few(what, pairs),
+        )
     yield Row(
         "attach/resnet50", "seconds to attach, resnet50 / 1 s", 1, True, lambda pairs: attaching("resnet50")
     )
@@ -276,6 +284,18 @@ def _child(command: list[str], what: str) -> float:
     """Seconds or bytes that a process takes."""
     found = subprocess.check_output([sys.executable, "-c", _CHILD, *command], cwd=ROOT, text=True).split()
     return float(found[0] if what == "seconds" else found[1])
+
+
+def few(what: str, pairs: int) -> Ratio:
+    """An `Explainer` for a few pictures against one for many: to open it, or to explain one picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "explained.onnx"
+        attach(_file("resnet50"), out, resize="crop:256", **IMAGENET)
+        if what == "open":
+            return in_turn(lambda: Explainer(out, few=True), lambda: Explainer(out), pairs)
+        first, second = Explainer(out, few=True), Explainer(out)
+    photo = Image.open(ROOT / "models" / "cat_and_coffee.png")
+    return in_turn(lambda: first(photo), lambda: second(photo), pairs)
 
 
 def attaching(name: str) -> Ratio:
