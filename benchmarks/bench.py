@@ -295,7 +295,7 @@ def few(what: str, pairs: int) -> Ratio:
             return in_turn(lambda: Explainer(out, few=True), lambda: Explainer(out), pairs)
         first, second = Explainer(out, few=True), Explainer(out)
     photo = Image.open(ROOT / "models" / "cat_and_coffee.png")
-    return in_turn(lambda: first(photo), lambda: second(photo), pairs)
+    return in_turn(lambda: first(photo), lambda: second(photo), pairs, rest=0.05)
 
 
 def attaching(name: str) -> Ratio:
