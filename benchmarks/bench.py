@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.pairs import THREADS, Ratio, in_turn, picture, plain, session
-from onnxcam import Explainer, attach, gradient
+from benchmarks.pairs import THREADS, Ratio, differentiated, in_turn, picture, plain, session
+from onnxcam import Explainer, attach
 from onnxcam.card import Card
 
 ROOT = Path(__file__).parents[1]
@@ -191,16 +191,11 @@ def explained(name: str, batch: int, pairs: int, classes: int = 1, **options: An
 def at_input(name: str, batch: int, pairs: int) -> Ratio:
     """The model with the gradient of the scores at its input against the model alone."""
     path = _file(name)
-    without = session(path)
-    scores, given = without.get_outputs()[0], without.get_inputs()[0].name
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "gradient.onnx"
-        gradient(path, scores.name, given, out)
-        with_gradient = session(out)
+        asked = differentiated(path, batch, out)
+        with_gradient, without = session(out), session(path)
     feeds = picture(path, batch)
-    seed = np.zeros((batch, scores.shape[1]), np.float32)
-    seed[:, 0] = 1
-    asked = {**feeds, f"{scores.name}_seed": seed}
     return in_turn(lambda: with_gradient.run(None, asked), lambda: without.run(None, feeds), pairs)
 
 

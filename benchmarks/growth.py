@@ -89,13 +89,6 @@ def main() -> None:
     whole = plain(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         sizes = {size: of_size(size, Path(folder) / f"{size}.onnx") for size in (224, 384, 512, 768, 1024)}
-        layers = {
-            "layer4": "layer4",
-            "layer3": "layer3",
-            "layer2": "layer2",
-            "layer1": "layer1",
-            "input": None,
-        }
         axes: dict[str, tuple[Sequence[Any], dict[str, Callable[[Any], tuple[float, float, float]]]]] = {
             "batch": (
                 (1, 2, 4, 8, 16, 32, 64),
@@ -119,10 +112,10 @@ def main() -> None:
                 },
             ),
             "layer": (
-                tuple(layers),
+                ("layer4", "layer3", "layer2", "layer1", "input"),
                 {
                     "1 class": lambda name: measured(
-                        whole, **({"method": "saliency"} if name == "input" else {"layer": layers[name]})
+                        whole, **({"method": "saliency"} if name == "input" else {"layer": name})
                     )
                 },
             ),

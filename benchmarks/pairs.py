@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.zoo import exported, made
+from onnxcam import gradient
 
 BUILT = Path(__file__).parents[1] / "build" / "bench"
 THREADS = 2
@@ -82,6 +83,16 @@ def picture(path: Path, batch: int) -> dict[str, np.ndarray]:
     model = session(path).get_inputs()[0]
     size = [d if isinstance(d, int) else 224 for d in model.shape[1:]]
     return {model.name: np.random.default_rng(0).standard_normal((batch, *size), np.float32)}
+
+
+def differentiated(path: Path, batch: int, out: Path) -> dict[str, np.ndarray]:
+    """Write a model with the gradient of its scores at its input to `out`, and return feeds for class 0."""
+    feeds = picture(path, batch)
+    scores = session(path).get_outputs()[0]
+    gradient(path, scores.name, next(iter(feeds)), out)
+    seed = np.zeros((batch, scores.shape[1]), np.float32)
+    seed[:, 0] = 1
+    return {**feeds, f"{scores.name}_seed": seed}
 
 
 def _export(name: str) -> None:

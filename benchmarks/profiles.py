@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from benchmarks.pairs import THREADS, picture, plain
-from onnxcam import attach, gradient
+from benchmarks.pairs import THREADS, differentiated, picture, plain
+from onnxcam import attach
 
 PAGE = Path(__file__).with_name("profiles.md")
 RUNS = 20
@@ -48,12 +48,9 @@ def profiled(path: Path, feeds: dict[str, np.ndarray]) -> list[tuple[bool, str, 
 
 def table(path: Path, other: Path, feeds: dict[str, np.ndarray]) -> Iterator[str]:
     """Yield the lines of a table: each operator's time in the model `path`, and in it with `other` added."""
-    given = picture(path, 1)
+    alone, together = profiled(path, picture(path, 1)), profiled(other, feeds)
     columns = []
-    for found, added in (
-        (profiled(path, given), False),
-        *((profiled(other, feeds), a) for a in (False, True)),
-    ):
+    for found, added in ((alone, False), (together, False), (together, True)):
         sums: dict[str, list[float]] = defaultdict(list)
         for is_added, operator, time in found:
             if is_added == added:
@@ -88,13 +85,9 @@ def page() -> Iterator[str]:
             attach(path, out)
             yield f"\n## {name}, explained at its last layer\n"
             yield from table(path, out, picture(path, 1))
-            session = onnxruntime.InferenceSession(path)
-            scores = session.get_outputs()[0]
-            gradient(path, scores.name, session.get_inputs()[0].name, out)
-            seed = np.zeros((1, scores.shape[1]), np.float32)
-            seed[0, 0] = 1
+            feeds = differentiated(path, 1, out)
             yield f"\n## {name}, gradient at the input\n"
-            yield from table(path, out, {**picture(path, 1), f"{scores.name}_seed": seed})
+            yield from table(path, out, feeds)
 
 
 if __name__ == "__main__":

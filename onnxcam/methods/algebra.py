@@ -92,7 +92,10 @@ def _between(op: Emitter, cells: int, pixels: int, like: Value) -> Value:
 
 
 def unit(op: Emitter, maps: Value, axes: Sequence[int] = (2, 3)) -> Value:
-    """Scale each map [N,K,h,w] to [0,1] by its minimum and maximum over `axes`; a flat one becomes zero."""
+    """Scale each map [N,K,h,w] to [0,1] by its minimum and maximum over `axes`; a flat one becomes zero.
+
+    One whose span is no normal number, in float32 below 1.2e-38, is scaled less.
+    """
     low = op.ReduceMin(maps, list(axes), keepdims=1)
     span = op.Sub(op.ReduceMax(maps, list(axes), keepdims=1), low)
     assert maps.dtype is not None
