@@ -10,6 +10,7 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.seed import Seeds
+from onnxcam.sizes import sharpen
 from onnxcam.vjp.shapes import dims, rank
 
 CLASS, AGAINST, MASK, SEED = "cam_class", "cam_against", "cam_mask", "cam_seed"
@@ -80,6 +81,7 @@ def add_seeds(
         if dims(scores)[1] == 1:
             raise OnnxcamError("the only class has no rivals; explain its score: --target class")
         weights = contrast(op, scores, index, _rivals(op, scores, index))
+        sharpen(weights, [*dims(index), dims(scores)[1]])
         seeds = Seeds((weights,), lambda rows: rows, valid)
     else:
         seeds = Seeds((index,), lambda a: one_hot(op, a, scores), valid)

@@ -49,6 +49,7 @@ def operators(model):
         (POOLED, {"layer": ["r", "s"], "method": "layercam"}),
         (POOLED, {"layer": "m", "method": "shapleycam"}),
         (POOLED, {"layer": "m", "method": "ablationcam"}),
+        (POOLED, {"layer": "m", "method": "finercam"}),
         (POOLED, {"layer": "m", "method": "reciprocam"}),
         (POOLED, {"layer": "m", "method": "eigencam"}),
         (POOLED, {"method": "guidedbackprop"}),
