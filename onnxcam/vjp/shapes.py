@@ -49,12 +49,13 @@ def step(op: Emitter, y: Value, bound: float, rises: bool = True) -> Value:
     It is a HardSigmoid so steep that only numbers nearer than 1e-30 to a bound of 0 come out between, and no
     float32 does at other bounds: onnxruntime leaves that in its blocked layout of convolutions, which it does
     not for a comparison. float16 has no such slope, and what converts to it later is safe with `portable`.
+    OpenVINO takes a beta of 0 for a missing one; a number below zero that no sum notices stands for it.
     """
     exact = float(np.float32(bound)) == bound and abs(bound) < 2.0**20
     if op.portable or not exact or y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         return op.CastLike(op.Greater(y, bound) if rises else op.Less(y, bound), y)
     slope = STEEP if rises else -STEEP
-    return op.HardSigmoid(y, alpha=slope, beta=-slope * bound)
+    return op.HardSigmoid(y, alpha=slope, beta=-slope * bound or -(2.0**-120))
 
 
 def complement(op: Emitter, y: Value) -> Value:
