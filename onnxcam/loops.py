@@ -49,6 +49,7 @@ def each(op: Emitter, items: Sequence[Value], function: Callable[..., Sequence[V
             producer = value.producer()
             inside = producer is not None and producer.graph is body and value not in results
             results.append(value if inside else op.Identity(value))
+    _own_weights(op, body)
     body.outputs.extend(results)
     stacked = op.node("Scan", *items, outputs=len(results), body=body, num_scan_inputs=len(items))
     stacked = [stacked] if len(results) == 1 else list(stacked)
@@ -57,6 +58,22 @@ def each(op: Emitter, items: Sequence[Value], function: Callable[..., Sequence[V
         if part.shape is not None:
             whole.shape = ir.Shape([count, *part.shape])
     return stacked
+
+
+def _own_weights(op: Emitter, body: ir.Graph) -> None:
+    """Read the weights of convolutions by way of a Concat of one, which onnxruntime works out beforehand.
+
+    Then they are constants of the body, as onnxruntime's blocked layout of convolutions wants them.
+    """
+    own: dict[Value, Value] = {}
+    for node in [node for node in body if node.op_type == "Conv"]:
+        for index, value in enumerate(node.inputs):
+            if index == 0 or value is None or not value.is_initializer():
+                continue
+            if value not in own:
+                with op.before(node):
+                    own[value] = op.Concat(value, axis=0)
+            node.replace_input_with(index, own[value])
 
 
 def _written_out(

@@ -35,6 +35,12 @@ SHOWS = {
 }
 """What the maps show, by the card's evidence: the start of a title, so that no narrow picture cuts it off."""
 
+MANY_RUNS = (
+    "ablationcam", "reciprocam", "scorecam", "sscam", "iscam", "smoothgradcam++", "integratedgradients",
+    "smoothgrad",
+)  # fmt: skip
+"""Methods that run the model, or much of it, many times for one map."""
+
 _AT_ONCE = 2
 """Pictures that are worked on at the same time; each may need 40 MB for a photo of 12 megapixels."""
 
@@ -231,6 +237,7 @@ class Explainer:
             few: only a few pictures will come. The model then opens in half the time and half the memory,
                 but each picture takes longer on a CPU, up to twice as long: onnxruntime leaves out its
                 blocked layout of convolutions, into which it copies all weights. Maps differ by rounding.
+                It makes no difference to the methods of `MANY_RUNS`, where one picture is work enough.
 
         Raises:
             OnnxcamError: the file is no usable model, the provider is not available, an option does not
@@ -253,7 +260,10 @@ class Explainer:
         options = {name: value for name, value in asked.items() if value is not None}
         self._session = _open(self.path, self.provider, few)
         card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
+        if card is not None and few and card.method in MANY_RUNS:
+            self._session = _open(self.path, self.provider, few=False)
         if card is None:
+            few = few and method not in MANY_RUNS
             self._session = _attached(self.path, self.provider, few, {**options, **given})
             card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
             assert card is not None

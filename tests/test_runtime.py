@@ -18,7 +18,8 @@ from onnxcam.attaching import attach
 from onnxcam.card import KEY, Card
 from onnxcam.errors import OnnxcamError
 from onnxcam.image import Viewport
-from onnxcam.runtime import Explainer, Explanation, Prediction
+from onnxcam.methods import METHODS
+from onnxcam.runtime import MANY_RUNS, Explainer, Explanation, Prediction
 from tests.checks import quiet, relative_error
 from tests.small import FACTS, classifier, floats
 
@@ -839,3 +840,21 @@ def test_few_pictures_get_the_same_maps(lite0, monkeypatch):
     assert levels == [level.ORT_ENABLE_ALL, level.ORT_ENABLE_EXTENDED]
     assert [c.index for c in few.classes] == [c.index for c in many.classes]
     np.testing.assert_allclose(few.heatmap, many.heatmap, atol=1e-5)
+
+
+def test_a_method_of_many_runs_is_opened_for_many(small, tmp_path, monkeypatch):
+    cheap = ("none", "1 backward", "2 backward")
+    assert set(MANY_RUNS) == {name for name, method in METHODS.items() if method.cost not in cheap}
+    chosen = []
+    real = onnxcam.runtime._session
+
+    def session(path, provider, few):
+        chosen.append(few)
+        return real(path, provider, few)
+
+    monkeypatch.setattr(onnxcam.runtime, "_session", session)
+    Explainer(small, method="scorecam", few=True, preprocess=FACTS)
+    assert chosen == [True, False]
+    attach(small, tmp_path / "explained.onnx", method="scorecam", **FACTS)
+    Explainer(tmp_path / "explained.onnx", few=True)
+    assert chosen == [True, False, True, False]
