@@ -115,13 +115,22 @@ def rows() -> Iterator[Row]:
                 False,
                 lambda pairs, name=name, peer=peer: against(peer, name, "gradcam", pairs),
             )
-    for method in ("scorecam", "ablationcam"):
+    many = (
+        ("scorecam", "resnet18", "layer1", 64),
+        ("scorecam", "mobilenet_v3_large", None, 960),
+        ("ablationcam", "resnet18", "layer1", 64),
+        ("ablationcam", "resnet18", None, 512),
+    )
+    for method, name, layer, channels in many:
+        where = layer or "its last layer"
         yield Row(
-            f"{method}/resnet18",
-            f"pytorch-grad-cam's {method} / onnxcam's, resnet18 at layer1 (64 channels)",
+            f"{method}/{name}/{layer or 'last'}",
+            f"pytorch-grad-cam's {method} / onnxcam's, {name} at {where} ({channels} channels)",
             5,
             False,
-            lambda pairs, method=method: against("pytorch-grad-cam", "resnet18", method, pairs, "layer1"),
+            lambda pairs, method=method, name=name, layer=layer: against(
+                "pytorch-grad-cam", name, method, pairs, layer
+            ),
         )
     yield Row(
         "process/seconds",

@@ -97,8 +97,8 @@ def attach(
         embed_preprocess: let the model take the picture itself, ``cam_picture`` uint8 [N,H,W,3] of any size,
             and prepare it inside the graph, for which all facts for the card must be known. The heat map is
             then of the picture's size.
-        on_demand: make maps only where the input ``cam_wanted`` is true; elsewhere they are empty, and the
-            model costs what it cost before.
+        on_demand: make maps only where the input ``cam_wanted`` is true. Elsewhere they are empty, or 0 if
+            `portable` and of known sizes, and the model costs what it cost before.
         portable: write what all runtimes of ``docs/runtimes.md`` compute alike: no Scan, so that a run
             explains one class (K = 1), and rules that do without what some number or pack in their own way.
         score: explain the class score ``before`` or ``after`` the softmax. None: before it, or what the

@@ -10,6 +10,7 @@ from onnxcam.card import WANTED
 from onnxcam.emit import Emitter
 from onnxcam.subgraphs import reads
 from onnxcam.targets import add_input
+from onnxcam.vjp.shapes import dims
 
 
 def behind_input(op: Emitter, outputs: Mapping[str, Value], optional: bool) -> dict[str, Value]:
@@ -21,7 +22,9 @@ def behind_input(op: Emitter, outputs: Mapping[str, Value], optional: bool) -> d
         optional: whether the input ``cam_wanted`` has a default, false.
 
     Returns:
-        The same outputs, behind the If; empty, with all sizes 0, where they are not wanted.
+        The same outputs, behind the If; where they are not wanted they are empty, with all sizes 0. If the
+        emitter is to be portable they are 0 in their own sizes, as far as these are known: tract and OpenCV
+        want both branches to agree.
     """
     graph = op.graph
     wanted = Value(name=WANTED, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
@@ -37,17 +40,21 @@ def behind_input(op: Emitter, outputs: Mapping[str, Value], optional: bool) -> d
         graph.remove(node)
         made.append(node)
     empty = ir.Graph([], [], nodes=[], name=op.fresh("unwanted"))
+    shapes = []
     for value in outputs.values():
-        assert value.dtype is not None and value.shape is not None
+        assert value.dtype is not None
         with op.body(made):
             producer = value.producer()
             inside = producer is not None and producer.graph is made and value not in made.outputs
             made.outputs.append(value if inside else op.Identity(value))
+        sizes = dims(value)
+        alike = op.portable and all(isinstance(size, int) for size in sizes)
+        shapes.append(ir.Shape(sizes if alike else [None] * len(sizes)))
         with op.body(empty):
-            nothing = np.zeros([0] * len(value.shape), value.dtype.numpy())
-            empty.outputs.append(op.Identity(op.constant(nothing)))
+            zeros = op.constant(np.zeros([int(alike)] * len(sizes), value.dtype.numpy()))
+            empty.outputs.append(op.Expand(zeros, sizes) if alike else op.Identity(zeros))
     found = op.If(wanted, then_branch=made, else_branch=empty, outputs=len(outputs))
     results = [found] if len(outputs) == 1 else list(found)
-    for result, value in zip(results, outputs.values(), strict=True):
-        result.type, result.shape = value.type, ir.Shape([None] * len(value.shape))  # type: ignore[arg-type]
+    for result, value, shape in zip(results, outputs.values(), shapes, strict=True):
+        result.type, result.shape = value.type, shape
     return dict(zip(outputs, results, strict=True))

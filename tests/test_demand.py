@@ -46,6 +46,16 @@ def test_maps_are_the_same_or_none(graph, layer, method):
         assert [(n.size, n.ndim) for n in nothing[1:]] == [(0, e.ndim) for e in expected[1:]]
 
 
+def test_a_portable_model_gives_zeros_of_the_same_sizes():
+    """tract and OpenCV refuse branches of other sizes."""
+    model = proto(graphs.build(graphs.DEEP.replace("N,", "1,")), layer="r", on_demand=True, portable=True)
+    feeds = {"x": graphs.picture(1), "cam_class": np.array([[1]])}
+    maps, zeros = (run(model, {**feeds, "cam_wanted": np.array(wanted)})[1:] for wanted in (True, False))
+    for made, zero, declared in zip(maps, zeros, model.graph.output[1:], strict=True):
+        assert made.any() and not zero.any()
+        assert made.shape == zero.shape == tuple(d.dim_value for d in declared.type.tensor_type.shape.dim)
+
+
 def test_only_what_the_model_needs_is_outside():
     """The model's own nodes, the If, and what prepares the picture; nothing else is computed unasked."""
     model = proto(classifier(), on_demand=True, embed_preprocess=True, emit=("cam", "overlay"), **FACTS)

@@ -34,7 +34,7 @@ def packed(arrays: Arrays) -> dict[str, Any]:
 def unpacked(found: dict[str, Any]) -> Arrays:
     """Undo `packed`."""
     return {
-        name: np.frombuffer(base64.b64decode(a["data"]), a["type"]).reshape(a["dims"])
+        name: np.frombuffer(base64.b64decode(a["data"]), a["type"]).reshape(a["dims"]).copy()
         for name, a in found.items()
     }
 
@@ -71,7 +71,7 @@ def tract(path: str, feeds: Arrays) -> Arrays:
     model = library.onnx().load(path)
     inputs = [model.input_name(i) for i in range(model.input_count())]
     runnable = model.into_model().into_runnable()
-    found = runnable.run([np.ascontiguousarray(feeds[name]) for name in inputs])
+    found = runnable.run([feeds[name] for name in inputs])
     return {name: value.to_numpy() for name, value in zip(_output_names(path), found, strict=True)}
 
 
