@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -831,15 +832,17 @@ def _write(explanation: "Explanation", folder: Path, stem: str, opacity: float) 
     except OSError as error:
         raise OnnxcamError(f"{folder} cannot be made: {error.strerror or error}") from None
     overlays = []
-    for k, prediction in enumerate(explanation.classes):
+    for prediction in explanation.classes:
         slug = re.sub(r"[^\w]+", "-", prediction.label)[:60].strip("-")
         name = "-".join(filter(None, dict.fromkeys([str(prediction.index), slug])))
-        name = f"{stem}.{name}.png"
-        save_png(explanation.overlay(k, opacity), folder / name)
-        overlays.append(str(folder / name))
+        overlays.append(folder / f"{stem}.{name}.png")
     panel = folder / f"{stem}.panel.png"
-    save_png(explanation.panel(opacity), panel)
-    return {"overlays": overlays, "panel": str(panel)}
+    with ThreadPoolExecutor(1) as pool:  # Pillow encodes without holding Python's lock
+        whole = pool.submit(lambda: save_png(explanation.panel(opacity), panel))
+        for k, path in enumerate(overlays):
+            save_png(explanation.overlay(k, opacity), path)
+        whole.result()
+    return {"overlays": [str(path) for path in overlays], "panel": str(panel)}
 
 
 def _json(explanation: "Explanation", files: dict[str, Any]) -> str:
