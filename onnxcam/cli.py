@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import gc
 import io
 import json
 import os
@@ -769,6 +770,8 @@ def main() -> None:
     except MemoryError:
         _complain("there is not enough memory for this; give smaller pictures, or fewer classes at once")
         sys.exit(2)
+    finally:
+        gc.freeze()  # all of it goes with the process: Python need not look for cycles first
 
 
 def _complain(error: object) -> None:

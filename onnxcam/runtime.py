@@ -605,6 +605,8 @@ def _session(model: str, provider: str, few: bool) -> Any:
     options = onnxruntime.SessionOptions()
     if few:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    # After a run the cores are for drawing; the threads would go on spinning on them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # It would warn of cam_class, whose default is meant to be overridden, and say errors twice.
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model, options, providers=[provider])
