@@ -149,7 +149,7 @@ def rows() -> Iterator[Row]:
     for what, measure, goal in (("open", "opening the model", 1.0), ("picture", "explaining a picture", 2.0)):
         yield Row(
             f"few/{what}",
-            f"{measure}, few=True / few=False, resnet50",
+            f"{measure}, pictures=1 / number unknown, resnet50",
             goal,
             True,
             lambda pairs, what=what: few(what, pairs),
@@ -157,13 +157,14 @@ def rows() -> Iterator[Row]:
     yield Row(
         "attach/resnet50", "seconds to attach, resnet50 / 1 s", 1, True, lambda pairs: attaching("resnet50")
     )
-    yield Row(
-        "folder",
-        "500 photos: DataLoader and pytorch-grad-cam / onnxcam, resnet50",
-        6,
-        False,
-        lambda pairs: folder(3),
-    )
+    for name in convolutional[:3]:
+        yield Row(
+            f"folder/{name}",
+            f"500 photos: DataLoader and pytorch-grad-cam / onnxcam, {name}",
+            6,
+            False,
+            lambda pairs, name=name: folder(name, 5),
+        )
     yield Row(
         "size/resnet50",
         "bytes added by explaining, resnet50 / 64 KiB",
@@ -291,13 +292,13 @@ def _child(command: list[str], what: str) -> float:
 
 
 def few(what: str, pairs: int) -> Ratio:
-    """An `Explainer` for a few pictures against one for many: to open it, or to explain one picture."""
+    """An `Explainer` for one picture against one for any number: to open it, or to explain one picture."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "explained.onnx"
         attach(_file("resnet50"), out, resize="crop:256", **IMAGENET)
         if what == "open":
-            return in_turn(lambda: Explainer(out, few=True), lambda: Explainer(out), pairs)
-        first, second = Explainer(out, few=True), Explainer(out)
+            return in_turn(lambda: Explainer(out, pictures=1), lambda: Explainer(out), pairs)
+        first, second = Explainer(out, pictures=1), Explainer(out)
     photo = Image.open(ROOT / "models" / "cat_and_coffee.png")
     return in_turn(lambda: first(photo), lambda: second(photo), pairs, rest=0.05)
 
@@ -323,18 +324,18 @@ def size(name: str, at_the_input: bool = False) -> Ratio:
         return Ratio.of([(out.stat().st_size - before, before if at_the_input else 64 * 1024)])
 
 
-def folder(pairs: int) -> Ratio:
+def folder(name: str, pairs: int) -> Ratio:
     """Heat maps of the best class of 500 photos: a DataLoader and pytorch-grad-cam against an `Explainer`."""
     with tempfile.TemporaryDirectory() as temporary:
         photos, out = Path(temporary) / "photos", Path(temporary) / "explained.onnx"
         _photos(photos, 500)
-        attach(_file("resnet50"), out, resize="crop:256", **IMAGENET)
-        scripts = [f"benchmarks.{name}_folder" for name in ("peer", "own")]
+        attach(_file(name), out, resize="crop:256", **IMAGENET)
+        scripts = [("benchmarks.peer_folder", name), ("benchmarks.own_folder", str(out))]
         times = []
         for _ in range(pairs):
             took = []
-            for script in scripts:
-                command = [sys.executable, "-W", "ignore", "-m", script, str(photos), str(out)]
+            for script, model in scripts:
+                command = [sys.executable, "-W", "ignore", "-m", script, str(photos), model]
                 took.append(float(subprocess.check_output(command, cwd=ROOT, text=True).split()[-1]))
             times.append((took[0], took[1]))
     return Ratio.of(times)

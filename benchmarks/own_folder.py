@@ -8,8 +8,8 @@ from onnxcam import Explainer
 
 
 def main():
-    explainer = Explainer(sys.argv[2])
     photos = sorted(Path(sys.argv[1]).iterdir())
+    explainer = Explainer(sys.argv[2], pictures=len(photos))
     start = time.perf_counter()
     count = sum(1 for found in explainer.many(photos) if found.heatmap.shape)
     assert count == len(photos)

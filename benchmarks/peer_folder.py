@@ -1,4 +1,4 @@
-"""Heat maps of a folder by a DataLoader and pytorch-grad-cam: ``peer_folder.py FOLDER``; prints seconds."""
+"""Heat maps of a folder by a DataLoader and pytorch-grad-cam: ``peer_folder.py FOLDER MODEL``; in seconds."""
 
 import sys
 import time
@@ -38,9 +38,9 @@ class Photos(torch.utils.data.Dataset):
 
 def main():
     torch.set_num_threads(2)
-    model = torchvision.models.resnet50().eval()
+    model = torchvision.models.get_model(sys.argv[2]).eval()
     loader = torch.utils.data.DataLoader(Photos(sys.argv[1]), BATCH, num_workers=1)
-    cam = GradCAM(model, [model.layer4])
+    cam = GradCAM(model, [model.layer4 if hasattr(model, "layer4") else model.features[-1]])
     start = time.perf_counter()
     count = sum(len(cam(pictures, None)) for pictures in loader)
     assert count == len(loader.dataset)

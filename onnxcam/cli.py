@@ -257,9 +257,6 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", help="Where the explained model is written.", readable=False)
 ]
 
-_FEW = 5
-"""Up to so many pictures, opening the model sooner saves more than explaining them faster."""
-
 
 @app.command()
 def run(
@@ -310,7 +307,7 @@ def run(
     layout: Layout = None,
 ) -> None:
     """Explain pictures: for each class an overlay, and one panel with all of them."""
-    from onnxcam.runtime import Explainer, in_parallel
+    from onnxcam.runtime import Explainer
 
     _check_folder(output)
     explainer = Explainer(
@@ -327,7 +324,7 @@ def run(
         compat=compat,
         score=score,
         scores=scores,
-        few=len(images) <= _FEW,
+        pictures=len(images),
     )
     wanted = explainer.resolve(classes or -1)
     given = {
@@ -346,7 +343,7 @@ def run(
 
     failed = 0
     with _Bar(len(images)) as bar:
-        for done in in_parallel(explained, zip(images, _stems(images), strict=True)):
+        for done in explainer.in_parallel(explained, zip(images, _stems(images), strict=True)):
             explanation, files = done.result()
             if isinstance(explanation, OnnxcamError):
                 if len(images) == 1:

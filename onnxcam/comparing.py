@@ -103,7 +103,7 @@ def compare(
     for name in names:
         try:
             where = None if METHODS[name].at_picture else layer
-            explainer = Explainer(model, method=name, layer=where, few=True, **options)
+            explainer = Explainer(model, method=name, layer=where, pictures=1, **options)
             wanted = explainer.resolve(classes)
             start = time.perf_counter()
             explanations[name] = explainer(picture, wanted, against=against)

@@ -239,10 +239,12 @@ def prepare(image: Image.Image, preprocess: Preprocess) -> tuple[NDArray[np.floa
     pixels = np.asarray(resized).reshape(p.height, p.width, p.channels)
     if p.color == "BGR":
         pixels = pixels[:, :, ::-1]
-    values = ((pixels * np.float64(p.scale) - p.mean) / p.std).astype(np.float32)
-    if p.layout == "NCHW":
-        values = values.transpose(2, 0, 1)
-    return np.ascontiguousarray(values[None]), view
+    shades = np.repeat(np.arange(256.0)[:, None], p.channels, axis=1)
+    levels = ((shades * p.scale - p.mean) / p.std).astype(np.float32)
+    values = np.empty((p.channels, p.height, p.width), np.float32)
+    for c in range(p.channels):
+        np.take(levels[:, c], pixels[:, :, c], out=values[c], mode="clip")  # the mode that needs no buffer
+    return np.ascontiguousarray((values if p.layout == "NCHW" else values.transpose(1, 2, 0))[None]), view
 
 
 def _resize(

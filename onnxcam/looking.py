@@ -162,7 +162,8 @@ def activations(
             a picture is prepared is missing.
     """
     from onnxcam.image import prepare
-    from onnxcam.runtime import as_picture, provider_named, run, start
+    from onnxcam.runtime import as_picture
+    from onnxcam.sessions import provider_named, run, start
 
     own, card = _read(model)
     picture = layers.picture(own)

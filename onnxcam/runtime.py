@@ -5,11 +5,10 @@ import math
 import operator
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +18,7 @@ from onnxcam.card import WANTED, Card, Preprocess
 from onnxcam.errors import OnnxcamError, suggest
 from onnxcam.image import Viewport, check_facts, open_image, prepare, seen, upright
 from onnxcam.render import OPACITY, PANEL, Column, overlay, panel
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-"""onnxruntime's name of each provider."""
+from onnxcam.sessions import Plan, in_parallel, open_file, provider_named, run, start
 
 SHOWS = {
     None: "",
@@ -40,9 +34,6 @@ MANY_RUNS = (
     "smoothgrad",
 )  # fmt: skip
 """Methods that run the model, or much of it, many times for one map."""
-
-_AT_ONCE = 2
-"""Pictures that are worked on at the same time; each may need 40 MB for a photo of 12 megapixels."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -223,7 +214,7 @@ class Explainer:
         target: str | None = None,
         score: str | None = None,
         scores: str | None = None,
-        few: bool = False,
+        pictures: int | None = None,
     ) -> None:
         """Open the model.
 
@@ -234,10 +225,12 @@ class Explainer:
             preprocess: fields of `onnxcam.card.Preprocess`, in place of those on the card.
             layer, method, evidence, fuse, smooth, compat, target, score, scores: for a plain model, as in
                 `onnxcam.attach`.
-            few: only a few pictures will come. The model then opens in half the time and half the memory,
-                but each picture takes longer on a CPU, up to twice as long: onnxruntime leaves out its
-                blocked layout of convolutions, into which it copies all weights. Maps differ by rounding.
-                It makes no difference to the methods of `MANY_RUNS`, where one picture is work enough.
+            pictures: how many will come, if that is known. For up to 5 the model opens in half the time and
+                half the memory, but each picture takes longer on a CPU, up to twice as long: onnxruntime
+                leaves out its blocked layout of convolutions, into which it copies all weights (not for the
+                methods of `MANY_RUNS`, where one picture is work enough). `many` explains more than one at
+                the same time, on one core each at best, which is faster for all together and slower for
+                each. Maps differ by rounding.
 
         Raises:
             OnnxcamError: the file is no usable model, the provider is not available, an option does not
@@ -258,16 +251,19 @@ class Explainer:
             "scores": scores,
         }
         options = {name: value for name, value in asked.items() if value is not None}
-        self._session = _open(self.path, self.provider, few)
+        plan = Plan.of(pictures)
+        self._at_once = plan.at_once
+        self._session = open_file(self.path, self.provider, plan)
         card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
-        if card is not None and few and card.method in MANY_RUNS:
-            self._session = _open(self.path, self.provider, few=False)
+        many_runs = (method if card is None else card.method) in MANY_RUNS
+        suited = dataclasses.replace(plan, blocked=plan.blocked or many_runs)
         if card is None:
-            few = few and method not in MANY_RUNS
-            self._session = _attached(self.path, self.provider, few, {**options, **given})
+            self._session = _attached(self.path, self.provider, suited, {**options, **given})
             card = Card.from_metadata(self._session.get_modelmeta().custom_metadata_map)
             assert card is not None
         else:
+            if suited != plan:
+                self._session = open_file(self.path, self.provider, suited)
             _check_asked(self.path, card, options)
         self.card = dataclasses.replace(
             card,
@@ -389,7 +385,9 @@ class Explainer:
         *args: Any,
         **given: Any,
     ) -> Iterator[Explanation]:
-        """Explain pictures in order, two at a time: one is read while the model runs on the other.
+        """Explain pictures in order, several at a time: one is read while the model runs on another.
+
+        It is faster where the explainer was told how many `pictures` will come.
 
         Args:
             images: as for one picture.
@@ -398,8 +396,16 @@ class Explainer:
         Raises:
             OnnxcamError: as for one picture, when its turn comes.
         """
-        for done in in_parallel(lambda image: self(image, *args, **given), images):
+        for done in self.in_parallel(lambda image: self(image, *args, **given), images):
             yield done.result()
+
+    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator["Future[Any]"]:
+        """Yield ``function(item)``, which may call this explainer, as futures, in order.
+
+        Those of the next items are computed meanwhile; whatever is not yielded when the caller stops is not
+        begun any more.
+        """
+        return in_parallel(function, items, self._at_once)
 
     def _run(self, feeds: Mapping[str, NDArray[Any]], one_by_one: Sequence[int] | None) -> list[NDArray[Any]]:
         """Return scores, maps and heat maps; the maps of all classes, even if a run takes one only."""
@@ -533,24 +539,6 @@ class Explainer:
         return Prediction(index, label, float(shown[index]))
 
 
-def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator["Future[Any]"]:
-    """Yield ``function(item)`` as futures, in order, while that of the next item is being computed.
-
-    Whatever is not yielded when the caller stops is not begun any more.
-    """
-    waiting: deque[Future[Any]] = deque()
-    pool = ThreadPoolExecutor(_AT_ONCE)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > _AT_ONCE:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def as_picture(image: "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]") -> Image.Image:
     """Return the upright RGB picture that a file, a Pillow image or an array stands for.
 
@@ -573,105 +561,11 @@ def as_picture(image: "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
     )
 
 
-def provider_named(name: str) -> str:
-    """Return onnxruntime's name of the provider.
-
-    Raises:
-        OnnxcamError: onnxruntime is not installed, or does not have the provider.
-    """
-    try:
-        from onnxruntime import get_available_providers
-    except ModuleNotFoundError:
-        raise OnnxcamError(
-            "onnxruntime is not installed; install it with: pip install 'onnxcam[cpu]' (or 'onnxcam[gpu]')"
-        ) from None
-    except ImportError as error:
-        raise OnnxcamError(
-            f"onnxruntime is installed but broken ({_first_line(error)}); "
-            "uninstall onnxruntime and onnxruntime-gpu, then install one of them"
-        ) from error
-    available = [short for short, long in PROVIDERS.items() if long in get_available_providers()]
-    if name not in available:
-        hint = "; for CUDA: pip uninstall onnxruntime && pip install 'onnxcam[gpu]'" if name == "cuda" else ""
-        raise OnnxcamError(
-            f"provider {name!r} is not available; this onnxruntime has: {', '.join(available)}{hint}"
-        )
-    return PROVIDERS[name]
-
-
-def _session(model: str, provider: str, few: bool) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if few:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    # After a run the cores are for drawing; the threads would go on spinning on them.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # It would warn of cam_class, whose default is meant to be overridden, and say errors twice.
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model, options, providers=[provider])
-    if provider not in session.get_providers():
-        raise OnnxcamError(
-            f"onnxruntime has {provider} but cannot start it here; check the driver and CUDA libraries, "
-            f"or choose another provider (running: {', '.join(session.get_providers())})"
-        )
-    return session
-
-
-def _open(path: Path, provider: str, few: bool) -> Any:
-    """Open a session on a model file, with onnxcam's own words for what is wrong with the file."""
-    try:
-        return _session(os.fspath(path), provider, few)
-    except OnnxcamError:
-        raise
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        from onnxcam import onnxfile
-
-        onnxfile.load(path)
-        raise OnnxcamError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
-
-
-def _attached(path: Path, provider: str, few: bool, options: Mapping[str, Any]) -> Any:
+def _attached(path: Path, provider: str, plan: Plan, options: Mapping[str, Any]) -> Any:
     """Attach a plain model in memory and open a session on it."""
     from onnxcam.attaching import attach
 
-    return start(attach(path, **options), provider, few)
-
-
-def start(model: "ir.Model", provider: str, few: bool = False) -> Any:
-    """Open a session on a model in memory.
-
-    Args:
-        model: it may be of any size.
-        provider: onnxruntime's name of it.
-        few: whether only a few runs will follow; see `Explainer`.
-
-    Raises:
-        OnnxcamError: onnxruntime cannot load the model.
-    """
-    import tempfile
-
-    from onnxcam import onnxfile
-
-    with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
-        path = Path(folder) / "model.onnx"
-        onnxfile.save(model, path)
-        return _open(path, provider, few)
-
-
-def run(
-    session: Any, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], model: object
-) -> list[NDArray[Any]]:
-    """Run a session; `model` is what it is called where it cannot be run.
-
-    Raises:
-        OnnxcamError: it cannot.
-    """
-    try:
-        result: list[NDArray[Any]] = session.run(list(outputs), dict(feeds))
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise OnnxcamError(f"onnxruntime cannot run {model}: {_first_line(error)}") from error
-    return result
+    return start(attach(path, **options), provider, plan)
 
 
 def _of_classes(scores: NDArray[np.float64], mask: "NDArray[Any] | None") -> NDArray[np.float64]:
@@ -735,8 +629,3 @@ def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

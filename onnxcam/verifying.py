@@ -30,7 +30,7 @@ from onnxcam.emit import Emitter, all_values
 from onnxcam.errors import OnnxcamError
 from onnxcam.grid import Grid
 from onnxcam.image import prepare
-from onnxcam.runtime import provider_named, run, start
+from onnxcam.sessions import provider_named, run, start
 from onnxcam.subgraphs import bodies, branches, is_if, within
 from onnxcam.targets import AGAINST, CLASS, MASK, RIVALS, SEED
 from onnxcam.vjp import VARIANTS

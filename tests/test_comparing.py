@@ -21,7 +21,7 @@ def test_each_row_is_what_the_method_alone_gives(small, photo):
     assert found.explanations.keys() == found.seconds.keys() == set(found.methods)
     assert found.title == "model.onnx on photo.png"
     for name, explanation in found.explanations.items():
-        alone = Explainer(small, method=name, layer="conv", few=True, **options)(photo, ["top2", "d"])
+        alone = Explainer(small, method=name, layer="conv", pictures=1, **options)(photo, ["top2", "d"])
         np.testing.assert_array_equal(explanation.cam, alone.cam)
         assert explanation.classes == alone.classes
         assert explanation.card == alone.card

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import onnxcam.runtime
+import onnxcam.sessions
 from onnxcam.attaching import attach
 from onnxcam.card import KEY, Card
 from onnxcam.errors import OnnxcamError
 from onnxcam.image import Viewport
 from onnxcam.methods import METHODS
 from onnxcam.runtime import MANY_RUNS, Explainer, Explanation, Prediction
+from onnxcam.sessions import Plan
 from tests.checks import quiet, relative_error
 from tests.small import FACTS, classifier, floats
 
@@ -342,7 +345,7 @@ def disguise(monkeypatch, place, **fields):
         return [SimpleNamespace(**{**known, **fields}), *others]
 
     setattr(Session, place, told)
-    monkeypatch.setattr(onnxcam.runtime, "_session", lambda path, *_: Session(path, quiet()))
+    monkeypatch.setattr(onnxcam.sessions, "_session", lambda path, *_: Session(path, quiet()))
 
 
 def test_number_of_classes_that_the_graph_leaves_open(small, small_explained, monkeypatch, photo):
@@ -422,14 +425,14 @@ def test_double_precision_input(tmp_path, photo, explainer):
 
 def test_branch_that_onnxruntime_cannot_run(small, monkeypatch):
     """It may lack a kernel that the gradient needs and the model does not."""
-    real = onnxcam.runtime._session
+    real = onnxcam.sessions._session
 
-    def session(path, provider, few):
+    def session(path, provider, plan):
         if path != str(small):
             raise RuntimeError("no implementation of Where")
-        return real(path, provider, few)
+        return real(path, provider, plan)
 
-    monkeypatch.setattr(onnxcam.runtime, "_session", session)
+    monkeypatch.setattr(onnxcam.sessions, "_session", session)
     with pytest.raises(OnnxcamError, match=r"^onnxruntime cannot load .*: no implementation of Where$"):
         Explainer(small, preprocess=FACTS)
 
@@ -826,35 +829,64 @@ def test_no_more_pictures_are_read_than_are_needed_soon(explainer, photo):
 
 def test_few_pictures_get_the_same_maps(lite0, monkeypatch):
     levels = []
-    real = onnxcam.runtime._session
+    real = onnxcam.sessions._session
 
-    def session(path, provider, few):
-        opened = real(path, provider, few)
+    def session(path, provider, plan):
+        opened = real(path, provider, plan)
         levels.append(opened.get_session_options().graph_optimization_level)
         return opened
 
-    monkeypatch.setattr(onnxcam.runtime, "_session", session)
+    monkeypatch.setattr(onnxcam.sessions, "_session", session)
     photo = Image.open(Path(__file__).parents[1] / "models" / "chelsea.png")
-    many, few = (Explainer(lite0, few=few)(photo, ["top2", 0]) for few in (False, True))
+    many, few = (Explainer(lite0, pictures=n)(photo, ["top2", 0]) for n in (None, 5))
     level = onnxruntime.GraphOptimizationLevel
     assert levels == [level.ORT_ENABLE_ALL, level.ORT_ENABLE_EXTENDED]
     assert [c.index for c in few.classes] == [c.index for c in many.classes]
     np.testing.assert_allclose(few.heatmap, many.heatmap, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("pictures", "cores", "plan"),
+    [
+        (None, 4, Plan(blocked=True, at_once=2, threads=None)),
+        (1, 4, Plan(blocked=False, at_once=1, threads=None)),
+        (3, 4, Plan(blocked=False, at_once=3, threads=2)),
+        (6, 4, Plan(blocked=True, at_once=4, threads=1)),
+        (500, 2, Plan(blocked=True, at_once=2, threads=1)),
+        (500, 1, Plan(blocked=True, at_once=1, threads=None)),
+        (500, 20, Plan(blocked=True, at_once=8, threads=13)),
+        (0, 4, Plan(blocked=False, at_once=1, threads=None)),
+    ],
+)
+def test_cores_are_shared_among_the_pictures_at_work(pictures, cores, plan, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert Plan.of(pictures) == plan
+
+
+def test_several_pictures_get_the_same_maps(lite0, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    photo = Image.open(Path(__file__).parents[1] / "models" / "chelsea.png")
+    pictures = [photo.rotate(angle) for angle in range(0, 70, 10)]
+    told = Explainer(lite0, pictures=len(pictures))
+    assert told._session.get_session_options().intra_op_num_threads == 1
+    for mine, alone in zip(told.many(pictures), map(Explainer(lite0), pictures), strict=True):
+        assert mine.classes[0].index == alone.classes[0].index
+        np.testing.assert_allclose(mine.heatmap, alone.heatmap, atol=1e-5)
+
+
 def test_a_method_of_many_runs_is_opened_for_many(small, tmp_path, monkeypatch):
     cheap = ("none", "1 backward", "2 backward")
     assert set(MANY_RUNS) == {name for name, method in METHODS.items() if method.cost not in cheap}
     chosen = []
-    real = onnxcam.runtime._session
+    real = onnxcam.sessions._session
 
-    def session(path, provider, few):
-        chosen.append(few)
-        return real(path, provider, few)
+    def session(path, provider, plan):
+        chosen.append(plan.blocked)
+        return real(path, provider, plan)
 
-    monkeypatch.setattr(onnxcam.runtime, "_session", session)
-    Explainer(small, method="scorecam", few=True, preprocess=FACTS)
-    assert chosen == [True, False]
+    monkeypatch.setattr(onnxcam.sessions, "_session", session)
+    Explainer(small, method="scorecam", pictures=1, preprocess=FACTS)
+    assert chosen == [False, True]
     attach(small, tmp_path / "explained.onnx", method="scorecam", **FACTS)
-    Explainer(tmp_path / "explained.onnx", few=True)
-    assert chosen == [True, False, True, False]
+    Explainer(tmp_path / "explained.onnx", pictures=1)
+    assert chosen == [False, True, False, True]
