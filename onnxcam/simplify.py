@@ -14,15 +14,25 @@ from onnxcam.vjp.shapes import axes_of, constant_array, dims, is_constant
 
 def simplify(op: Emitter) -> None:
     """Apply each identity wherever it fits; `Emitter.remove_dead` then removes what is no longer read."""
-    for node in list(op.nodes):
-        for identity in IDENTITIES:
-            with op.before(node):
-                better = identity(op, node)
-                if better is not None and node.outputs[0].is_graph_output():  # of a branch
-                    better = op.Identity(better)
-            if better is not None:
-                node.outputs[0].replace_all_uses_with(better, replace_graph_outputs=True)
-                break
+    for emitted in list(op.nodes):
+        node: ir.Node | None = emitted
+        while node is not None:
+            node = _replaced(op, node)
+
+
+def _replaced(op: Emitter, node: ir.Node) -> ir.Node | None:
+    """Apply the first identity that fits, and return the new node that may fit another one."""
+    first = len(op.nodes)
+    for identity in IDENTITIES:
+        with op.before(node):
+            better = identity(op, node)
+            if better is not None and node.outputs[0].is_graph_output():  # of a branch
+                better = op.Identity(better)
+        if better is not None:
+            node.outputs[0].replace_all_uses_with(better, replace_graph_outputs=True)
+            made = better.producer()
+            return made if made in op.nodes[first:] else None
+    return None
 
 
 def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
@@ -65,6 +75,67 @@ def _rows(op: Emitter, weights: ir.Value, index: ir.Value, axis: int) -> ir.Valu
     if _rank(scale) == 1 and dims(scale) != [1] and along == axis:
         scale, zero = (None if v is None else op.Gather(v, index, axis=0) for v in (scale, zero))
     return by_arithmetic(op, op.Gather(stored, index, axis=axis), scale, zero, along, 0)
+
+
+def _rows_of_all_sums(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """Rows [N*K,C] of a matrix that are then viewed as [N,K,C,1,...] are taken for [N,K] at once."""
+    rows, shape = _operands("Reshape", node.outputs[0])
+    images, *rest = _operands("Concat", shape)
+    index = _operands("Shape", images)[0]
+    sizes = constant_array(rest[0]) if len(rest) == 1 and rest[0] is not None else None
+    if index is None or _rank(index) != 2 or sizes is None or (sizes[1:] != 1).any():
+        return None
+    factors = []
+    while True:
+        factor, (view, known) = _factor(rows), _operands("Reshape", rows)
+        if factor is not None:
+            factors.append(factor)
+            rows = factor.of
+        elif view is not None and known is not None and is_constant(known):
+            rows = view
+        else:
+            break
+    weights, line = _operands("Gather", rows)
+    if weights is None or _operands("Reshape", line)[0] is not index:
+        return None
+    if rows.producer().attributes["axis"].as_int() or dims(weights)[1:] != [sizes[0]]:  # type: ignore[union-attr]
+        return None
+    found = op.Gather(weights, index, axis=0)
+    for factor in reversed(factors):
+        found = op.node(factor.op_type, found, factor.number)
+    return op.Unsqueeze(found, [*range(3, 2 + len(sizes))]) if len(sizes) > 1 else found
+
+
+def _factor_of_product(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """What all of a matrix is multiplied with, its product is multiplied with if that is smaller.
+
+    Only after the product is reshaped, as onnxruntime would otherwise fuse both into a slower product.
+    """
+    product, shape = _operands("Reshape", node.outputs[0])
+    x, y = _operands("MatMul", product)
+    factor = _factor(x)
+    if factor is None or product is None or product.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        return None
+    before, after = dims(factor.of)[-1], dims(product)[-1]
+    if not isinstance(before, int) or not isinstance(after, int) or after >= before:
+        return None
+    return op.node(factor.op_type, op.Reshape(op.MatMul(factor.of, y), shape), factor.number)
+
+
+class _Factor(NamedTuple):
+    """A number that a value is multiplied with or divided by."""
+
+    op_type: str
+    of: ir.Value
+    number: ir.Value
+
+
+def _factor(value: ir.Value | None) -> _Factor | None:
+    for op_type in ("Div", "Mul"):
+        x, number = _operands(op_type, value)
+        if x is not None and number is not None and is_constant(number) and _rank(number) == 0:
+            return _Factor(op_type, x, number)
+    return None
 
 
 def _mean_of_repeated(op: Emitter, node: ir.Node) -> ir.Value | None:
@@ -273,8 +344,10 @@ def _rank(value: ir.Value) -> int | None:
 
 IDENTITIES = (
     _one_hot_times_weights,
+    _factor_of_product,
     _mean_of_repeated,
     _repeated_in_passing,
+    _rows_of_all_sums,
     _slope_of_swish,
     _squeezed_again,
     _sum_of_parts,

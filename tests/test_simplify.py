@@ -12,6 +12,7 @@ from tests.graphs import build, explained, picture, run
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.standard_normal((5, 4))
+W66, W33 = RNG.standard_normal((6, 6)), RNG.standard_normal((3, 3))
 
 
 def simplified(emit, shape=("N",), dtype=ir.DataType.INT64, opset=18):
@@ -139,6 +140,66 @@ def test_the_mean_of_several_numbers_stays_a_mean(axes, shape, to, keepdims):
     np.testing.assert_allclose(got, wanted, rtol=1e-14)
 
 
+def viewed(op, i, index=lambda op, i: i, axis=0, sizes=(4, 1, 1), line=(0, 0, 1, 1), factor=7.0):
+    """Rows of a matrix that were taken in a line, viewed for the axes of an index."""
+    rows = op.Gather((W, WT)[axis], op.Reshape(i, [-1]), axis=axis)
+    rows = op.Reshape(rows if axis == 0 else op.Transpose(rows), np.array(line))
+    shape = op.Concat(op.Shape(index(op, i), start=0, end=2), np.array(sizes), axis=0)
+    return op.Reshape(op.Div(rows, factor), shape)
+
+
+VIEWS = {
+    "as columns": (viewed, ["Div", "Gather", "Unsqueeze"]),
+    "as rows": (lambda op, i: viewed(op, i, sizes=(4,)), ["Div", "Gather"]),
+    "and factors": (lambda op, i: op.Mul(viewed(op, i), 3.0), ["Div", "Gather", "Mul", "Unsqueeze"]),
+}
+OTHER_VIEWS = {
+    "of another index": lambda op, i: viewed(op, i, lambda op, i: op.Transpose(i)),
+    "in other sizes": lambda op, i: viewed(op, i, sizes=(2, 2, 1)),
+    "of columns": lambda op, i: viewed(op, i, axis=1),
+    "divided one by one": lambda op, i: viewed(op, i, factor=np.arange(1.0, 5).reshape(4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_rows_are_gathered_for_all_sums_at_once(name):
+    emit, operators = VIEWS[name]
+    (_, plain), (found, better) = simplified(emit, shape=("N", "K"))
+    assert found == sorted(operators)
+    i = np.array([[3, 0, 4], [4, 4, 1]])
+    wanted, got = plain.run(None, {"i": i})[0], better.run(None, {"i": i})[0]
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", OTHER_VIEWS)
+def test_other_views_of_rows_stay(name):
+    (before, plain), (after, better) = simplified(OTHER_VIEWS[name], shape=("N", "K"))
+    assert after == before
+    i = np.array([[3, 0], [4, 1]])
+    np.testing.assert_array_equal(better.run(None, {"i": i})[0], plain.run(None, {"i": i})[0])
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "later"), [(2, "DOUBLE", True), (6, "DOUBLE", False), (2, "FLOAT16", False)]
+)
+def test_the_smaller_of_a_matrix_and_its_product_is_scaled(columns, dtype, later):
+    """In half precision not the product, which may be too large before."""
+    dtype = ir.DataType[dtype]
+    x = ir.Value(name="x", shape=ir.Shape((3, 6)), type=ir.TensorType(dtype))
+    graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 18})
+    op = Emitter(graph, 18, "test")
+    weights = W66[:, :columns].astype(dtype.numpy())
+    graph.outputs.append(op.Identity(op.Reshape(op.MatMul(op.Div(x, 7.0), weights), [1, 3, columns])))
+    simplify(op)
+    op.remove_dead(list(graph.outputs))
+    order = ["MatMul", "Reshape", "Div"] if later else ["Div", "MatMul", "Reshape"]
+    assert [node.op_type for node in graph] == [*order, "Identity"]
+    a = RNG.standard_normal((3, 6)).astype(dtype.numpy())
+    (got,) = reference(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, {"x": a})
+    np.testing.assert_allclose(got, [a / 7 @ weights], rtol=1e-13 if later else 1e-2)
+
+
 def swish(x_of_y=0, alpha=-1.0):
     """The gradient of Y = x sigmoid(x) by its factors, as the rules of Mul and Sigmoid write it."""
 
@@ -171,7 +232,6 @@ def parts(*pads, fill=None, sizes=(2, 1, 3), axis=1):
     return emit
 
 
-W66, W33 = RNG.standard_normal((6, 6)), RNG.standard_normal((3, 3))
 ONE = parts((2, 3), sizes=(1,))
 
 SAME = {

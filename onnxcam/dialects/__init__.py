@@ -7,7 +7,7 @@ its mistakes included, and each module here is the list of what one library does
 from onnxcam.dialects.captum import CAPTUM
 from onnxcam.dialects.dialect import Dialect
 from onnxcam.dialects.keras import KERAS_BOOK, KERAS_GRAD_CAM
-from onnxcam.dialects.paper import PAPER, heatmap
+from onnxcam.dialects.paper import PAPER
 from onnxcam.dialects.pytorch_grad_cam import PYTORCH_GRAD_CAM
 from onnxcam.dialects.torchcam import TORCHCAM
 
@@ -17,4 +17,4 @@ DIALECTS: dict[str, Dialect] = {
 }
 """Every dialect by the name that people type."""
 
-__all__ = ["DIALECTS", "Dialect", "heatmap"]
+__all__ = ["DIALECTS", "Dialect"]

@@ -13,10 +13,10 @@ from onnx_ir import Value
 from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
 from onnxcam.methods import METHODS, Method, method
-from onnxcam.methods.algebra import Size, resized
 from onnxcam.methods.cam import gradcam as mean_gradient
 from onnxcam.methods.perturbation import noisy_gradients
 from onnxcam.methods.picture import guided, integrated
+from onnxcam.methods.scaling import Size, resized
 
 if TYPE_CHECKING:
     from onnxcam.probe import Probe

@@ -8,7 +8,8 @@ from onnx_ir import Value
 from onnxcam.emit import Emitter
 from onnxcam.errors import OnnxcamError
 from onnxcam.methods import Method
-from onnxcam.methods.algebra import Size, first_component
+from onnxcam.methods.algebra import first_component
+from onnxcam.methods.scaling import Size
 from onnxcam.targets import Contrast, less_mean
 
 

@@ -8,7 +8,8 @@ from onnx_ir import Value
 from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
 from onnxcam.methods import Method, method
-from onnxcam.methods.algebra import PLANE, Size, resized, summed
+from onnxcam.methods.algebra import PLANE, summed
+from onnxcam.methods.scaling import Size, resized
 
 BOOK: dict[str, Method] = {}
 CODE: dict[str, Method] = {}

@@ -16,17 +16,15 @@ from onnxcam.methods import METHODS, Method, method
 from onnxcam.methods.activation import fem as share_beyond
 from onnxcam.methods.algebra import (
     PLANE,
-    Size,
     first_component,
     first_kernel_component,
     largest,
-    resized,
-    scaled,
     summed,
     total,
     widened,
 )
 from onnxcam.methods.perturbation import masked, scored
+from onnxcam.methods.scaling import Size, resized, scaled
 from onnxcam.targets import one_hot
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from onnx_ir import Value
 from onnxcam.dialects.dialect import Dialect
 from onnxcam.emit import Emitter
 from onnxcam.methods import METHODS, Method, method
-from onnxcam.methods.algebra import PLANE, Size, resized, scaled, summed
+from onnxcam.methods.algebra import PLANE, summed
 from onnxcam.methods.perturbation import (
     IS_STEPS,
     masked,
@@ -23,6 +23,7 @@ from onnxcam.methods.perturbation import (
     powers,
     scored,
 )
+from onnxcam.methods.scaling import Size, resized, scaled
 from onnxcam.targets import less_mean
 
 if TYPE_CHECKING:

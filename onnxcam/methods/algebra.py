@@ -1,16 +1,10 @@
 """What several methods compute: sums over channels, masks, principal components."""
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-
-Size: TypeAlias = "list[int] | Value"
-"""Height and width: numbers, or an int64 value [2]."""
 
 PLANE = [3, 4]
 """The spatial axes of [N,K,C,h,w]."""
@@ -44,68 +38,6 @@ def total(op: Emitter, terms: Value) -> Value:
 def largest(op: Emitter, terms: Value) -> Value:
     """Return the largest absolute value of terms [N,K,C,h,w] over the channels."""
     return op.ReduceMax(op.Abs(terms), [2], keepdims=0)
-
-
-def resized(
-    op: Emitter, maps: Value, size: Size, mode: str = "linear", centres: str = "half_pixel", **options: Any
-) -> Value:
-    """Resize maps [N,K,h,w] to a size; `centres` is the coordinate transformation, `options` are Resize's.
-
-    A small map is multiplied by a matrix on each side, which takes onnxruntime half the time of a Resize.
-    """
-    plane = known_sizes(maps, 2)
-    if (
-        (mode, centres) == ("linear", "half_pixel")
-        and isinstance(size, list)
-        and plane
-        and all(4 * cells <= pixels for cells, pixels in zip(plane, size, strict=True))
-    ):
-        rows, columns = (_between(op, *side, maps) for side in zip(plane, size, strict=True))
-        return op.MatMul(op.MatMul(rows, maps), op.Transpose(columns, perm=[1, 0]))
-    outer = [] if maps.shape is None else list(maps.shape)[:2]
-    axes: list[int] | None = [2, 3]
-    known = [d for d in outer if isinstance(d, int)]
-    if isinstance(size, list) and len(known) == 2:
-        size, axes = [*known, *size], None  # OpenCV 5 takes sizes of all axes only
-    return op.Resize(
-        maps,
-        None,
-        None,
-        size,
-        axes=axes,
-        mode=mode,
-        coordinate_transformation_mode=centres,
-        **options,
-    )
-
-
-def _between(op: Emitter, cells: int, pixels: int, like: Value) -> Value:
-    """The weights [pixels,cells] of linear interpolation between the centres of cells.
-
-    They have the dtype of `like` and are computed in the graph, from a number for each pixel, so that they
-    take no room in the file.
-    """
-    assert like.dtype is not None
-    at = np.clip((np.arange(pixels)[:, None] + 0.5) * cells / pixels - 0.5, 0, cells - 1)
-    places, centres = (array.astype(like.dtype.numpy()) for array in (at, np.arange(cells)))
-    return op.Relu(op.Sub(1.0, op.Abs(op.Sub(op.constant(places), centres))))
-
-
-def unit(op: Emitter, maps: Value, axes: Sequence[int] = (2, 3)) -> Value:
-    """Scale each map [N,K,h,w] to [0,1] by its minimum and maximum over `axes`; a flat one becomes zero.
-
-    One whose span is no normal number, in float32 below 1.2e-38, is scaled less.
-    """
-    low = op.ReduceMin(maps, list(axes), keepdims=1)
-    span = op.Sub(op.ReduceMax(maps, list(axes), keepdims=1), low)
-    assert maps.dtype is not None
-    return op.Div(op.Sub(maps, low), op.Max(span, float(np.finfo(maps.dtype.numpy()).tiny)))
-
-
-def scaled(op: Emitter, maps: Value, epsilon: float, axes: Sequence[int] = (2, 3)) -> Value:
-    """Take each map's minimum over `axes` from it and divide by what is then the maximum plus `epsilon`."""
-    above = op.Sub(maps, op.ReduceMin(maps, list(axes), keepdims=1))
-    return op.Div(above, op.Add(op.ReduceMax(above, list(axes), keepdims=1), epsilon))
 
 
 def first_component(op: Emitter, x: Value) -> Value:

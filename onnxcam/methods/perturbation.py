@@ -9,9 +9,10 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import PLANE, known_sizes, resized, unit
+from onnxcam.methods.algebra import PLANE, known_sizes
 from onnxcam.methods.noise import normal_noise
 from onnxcam.methods.registry import method
+from onnxcam.methods.scaling import resized, unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,10 +10,11 @@ import numpy as np
 from onnx_ir import Value
 
 from onnxcam.emit import Emitter
-from onnxcam.methods.algebra import Size, largest, resized, summed, unit
+from onnxcam.methods.algebra import largest, summed
 from onnxcam.methods.cam import gradcam
 from onnxcam.methods.perturbation import SAMPLES, deviation, noisy_gradients
 from onnxcam.methods.registry import method
+from onnxcam.methods.scaling import Size, resized, unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
