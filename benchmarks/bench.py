@@ -223,7 +223,7 @@ def against(peer: str, name: str, method: str, pairs: int, layer: str | None = N
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "explained.onnx"
         model = attach(path, out, method=method, layer=layer)
-        ours = session(out, **{"session.intra_op.allow_spinning": "1"})
+        ours = session(out)
     card = Card.from_metadata(model.metadata_props)
     assert card is not None
     feeds = picture(path, 1)
@@ -231,7 +231,7 @@ def against(peer: str, name: str, method: str, pairs: int, layer: str | None = N
     where = module.get_submodule(layer) if layer else _last(name, module)
     theirs = _peer(peer, method, module, where)
     asked = {**feeds, "cam_class": np.array([[0]])}
-    # Both as they come: their threads go on spinning, PyTorch's long, on the cores that the other one needs.
+    # PyTorch's threads go on spinning for long, on the cores that the other one needs.
     return in_turn(lambda: theirs(x), lambda: ours.run(["cam_heatmap"], asked), pairs, rest=0.3)
 
 

@@ -61,12 +61,11 @@ def in_turn(
     return Ratio.of(times)
 
 
-def session(path: Path, **config: str) -> onnxruntime.InferenceSession:
-    """Open a session with two threads that sleep when idle, so that they leave the cores to the other one."""
+def session(path: Path) -> onnxruntime.InferenceSession:
+    """Open a session as onnxcam does: two threads, which leave the cores to the other one after a run."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, THREADS
-    for name, value in {"session.intra_op.allow_spinning": "0", **config}.items():
-        options.add_session_config_entry(name, value)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -117,6 +117,10 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
         dx = _spread_depthwise(op, dy, w, sizes, outs, window, group)  # type: ignore[arg-type]
         if dx is not None:
             return dx
+    if not op.portable and all(isinstance(d, int) for d in [*sizes, *outs, *dims(w)]):
+        dx = _spread_in_blocks(op, dy, w, sizes, outs, window, group)  # type: ignore[arg-type]
+        if dx is not None:
+            return dx
     common = {
         "kernel_shape": window.kernel,
         "strides": window.strides,
@@ -201,6 +205,53 @@ def _spread_depthwise(
         pads=begin + end,
         group=group,
     )
+
+
+def _spread_in_blocks(
+    op: Emitter, dy: Value, w: Value, sizes: Sequence[int], outs: Sequence[int], window: Window, group: int
+) -> Value | None:
+    """`spread` to the few channels of a picture: all elements of a block as channels, and DepthToSpace.
+
+    A block is as large as the stride. With more channels onnxruntime's ConvTranspose is as fast.
+
+    Returns:
+        None where there are more channels, or the blocks do not fit.
+    """
+    made, read, *_ = dims(w)
+    step = window.strides[0]
+    square = len(sizes) == 2 and set(window.strides) == {step} and set(window.dilations) == {1}
+    if not square or group != 1 or read > 4 or not isinstance(window.begin, list):  # type: ignore[operator]
+        return None
+    reads = [_windows_of_block(*side, step) for side in zip(window.kernel, window.begin, strict=True)]
+    before = [-first for first, _ in reads]
+    after = [
+        size // step - out + first + elements.shape[1] - 1
+        for size, out, (first, elements) in zip(sizes, outs, reads, strict=True)
+    ]
+    if any(size % step for size in sizes) or min(before + after) < 0:
+        return None
+    (_, rows), (_, columns) = reads
+    padded = op.Pad(w, [0, 0, 0, 0, 0, 0, 1, 1])
+    picked = op.Gather(op.Gather(padded, rows, axis=2), columns, axis=4)
+    turned = op.Transpose(picked, perm=[1, 2, 4, 0, 3, 5])  # [C, step, step, M, windows, windows]
+    shape = [rows.shape[1], columns.shape[1]]
+    kernel = op.Reshape(turned, [read * step * step, made, *shape])  # type: ignore[operator]
+    blocks = op.Conv(
+        dy, kernel, kernel_shape=shape, strides=[1, 1], dilations=[1, 1], pads=before + after, group=1
+    )
+    return op.DepthToSpace(blocks, blocksize=step, mode="CRD")
+
+
+def _windows_of_block(kernel: int, begin: int, step: int) -> "tuple[int, np.ndarray]":
+    """Which windows along an axis cover a block of `step` elements, and with what elements of their kernels.
+
+    Returns:
+        The first window, counted from the one with the block's number, and the elements
+        [step, windows]: `kernel` where a window does not cover the element of the block.
+    """
+    windows = np.arange(-((kernel - 1 - begin) // step), (begin + step - 1) // step + 1)
+    elements = begin + np.arange(step)[:, None] - step * windows
+    return int(windows[0]), np.where((elements < 0) | (elements >= kernel), kernel, elements)
 
 
 def _turned(op: Emitter, w: Value, group: int) -> Value | None:
