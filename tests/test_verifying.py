@@ -293,7 +293,7 @@ def test_a_sign(deep, verdicts):
 
 
 def test_an_operator(deep, verdicts):
-    node(deep, "/gradient/", "ConvTranspose").attribute.append(helper.make_attribute("group", 1))
+    node(deep, "/gradient/", "Reshape").attribute.append(helper.make_attribute("allowzero", 0))
     assert not verdicts(deep)
     relu = node(deep, "cam/gradcam", "Relu")
     relu.op_type = "Abs"
