@@ -123,10 +123,11 @@ class Explanation:
         photo = self.image.copy()
         photo.thumbnail(size, Image.Resampling.LANCZOS)
         small = dataclasses.replace(self, image=photo, viewport=self.viewport.scaled(*photo.size))
-        columns = [
-            Column(small.overlay(k, opacity), c.label, c.score, self.remark(k))
-            for k, c in enumerate(self.classes)
-        ]
+        columns = []
+        for k, c in enumerate(self.classes):
+            notes = [f"compared with {self.against.label}"] if self.against else []
+            note = " · ".join([*notes, *filter(None, [self.remark(k)])])
+            columns.append(Column(small.overlay(k, opacity), c.label, c.score, note))
         return photo, columns
 
     def note(self, k: int) -> str | None:

@@ -37,6 +37,7 @@ def test_a_contrast_is_the_difference_of_two_weighted_sums(small, photo):
     assert compared.against is not None
     assert compared.against.index == 1
     assert compared.to_dict()["explanations"][0]["against"] == 1
+    assert [column.note for column in compared.columns((40, 40))[1]] == ["compared with 1"]
 
 
 def test_a_seed_is_any_sum(small, photo):
