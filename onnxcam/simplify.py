@@ -83,7 +83,9 @@ def _rows_of_all_sums(op: Emitter, node: ir.Node) -> ir.Value | None:
     images, *rest = _operands("Concat", shape)
     index = _operands("Shape", images)[0]
     sizes = constant_array(rest[0]) if len(rest) == 1 and rest[0] is not None else None
-    if index is None or _rank(index) != 2 or sizes is None or (sizes[1:] != 1).any():
+    if index is None or images is None or _rank(index) != 2 or dims(images) != [2]:
+        return None
+    if sizes is None or not sizes.size or (sizes[1:] != 1).any():
         return None
     factors = []
     while True:
@@ -98,7 +100,8 @@ def _rows_of_all_sums(op: Emitter, node: ir.Node) -> ir.Value | None:
     weights, line = _operands("Gather", rows)
     if weights is None or _operands("Reshape", line)[0] is not index:
         return None
-    if rows.producer().attributes["axis"].as_int() or dims(weights)[1:] != [sizes[0]]:  # type: ignore[union-attr]
+    attributes = rows.producer().attributes  # type: ignore[union-attr]
+    if ("axis" in attributes and attributes["axis"].as_int()) or dims(weights)[1:] != [sizes[0]]:
         return None
     found = op.Gather(weights, index, axis=0)
     for factor in reversed(factors):

@@ -158,8 +158,9 @@ def resolve_classes(op: Emitter, scores: Value, classes: Value) -> tuple[Value, 
     images, known = dims(scores)
     count = np.array(known) if isinstance(known, int) else op.Squeeze(op.Shape(scores, start=1, end=2), [0])
     least, last = (-count, count - 1) if isinstance(count, np.ndarray) else (op.Neg(count), op.Sub(count, 1))
-    rows = op.Concat(op.Shape(scores, start=0, end=1), np.array([1]), axis=0)
-    asked = classes if images == 1 else op.Expand(classes, rows)
+    asked = classes
+    if images != 1:
+        asked = op.Expand(classes, op.Concat(op.Shape(scores, start=0, end=1), np.array([1]), axis=0))
     inside = op.Clip(asked, least, last)
     place = op.Max(op.Sub(-1, inside), 0)
     deepest = op.Reshape(op.Add(op.ReduceMax(place, keepdims=0), 1), [1])

@@ -113,14 +113,11 @@ def spread(op: Emitter, dy: Value, w: Value, x: Value, y: Value, window: Window,
             )
     sizes, outs = dims(x)[2:], dims(y)[2:]
     n = len(sizes)
-    if not op.portable and dims(w)[:2] == [group, 1] and all(isinstance(d, int) for d in [*sizes, *outs]):
-        dx = _spread_depthwise(op, dy, w, sizes, outs, window, group)  # type: ignore[arg-type]
-        if dx is not None:
-            return dx
-    if not op.portable and all(isinstance(d, int) for d in [*sizes, *outs, *dims(w)]):
-        dx = _spread_in_blocks(op, dy, w, sizes, outs, window, group)  # type: ignore[arg-type]
-        if dx is not None:
-            return dx
+    if not op.portable and all(isinstance(d, int) for d in [*sizes, *outs]):
+        for form in (_spread_depthwise, _spread_in_blocks):
+            dx = form(op, dy, w, sizes, outs, window, group)  # type: ignore[arg-type]
+            if dx is not None:
+                return dx
     common = {
         "kernel_shape": window.kernel,
         "strides": window.strides,
@@ -167,9 +164,9 @@ def _spread_depthwise(
     onnxruntime 1.32 runs such a convolution blocked and on all cores, a ConvTranspose channel by channel.
 
     Returns:
-        None where part of what this makes would have to be cut off.
+        None where a channel reads others, or part of what this makes would have to be cut off.
     """
-    if not isinstance(window.begin, list):
+    if dims(w)[:2] != [group, 1] or not isinstance(window.begin, list):
         return None
     steps, reach = window.strides, [extent - 1 for extent in window.extents()]
     begin = [r - pad for r, pad in zip(reach, window.begin, strict=True)]
@@ -220,7 +217,9 @@ def _spread_in_blocks(
     made, read, *_ = dims(w)
     step = window.strides[0]
     square = len(sizes) == 2 and set(window.strides) == {step} and set(window.dilations) == {1}
-    if not square or group != 1 or read > 4 or not isinstance(window.begin, list):  # type: ignore[operator]
+    if not square or group != 1 or not isinstance(window.begin, list):
+        return None
+    if not isinstance(made, int) or not isinstance(read, int) or read > 4:
         return None
     reads = [_windows_of_block(*side, step) for side in zip(window.kernel, window.begin, strict=True)]
     before = [-first for first, _ in reads]
@@ -235,7 +234,7 @@ def _spread_in_blocks(
     picked = op.Gather(op.Gather(padded, rows, axis=2), columns, axis=4)
     turned = op.Transpose(picked, perm=[1, 2, 4, 0, 3, 5])  # [C, step, step, M, windows, windows]
     shape = [rows.shape[1], columns.shape[1]]
-    kernel = op.Reshape(turned, [read * step * step, made, *shape])  # type: ignore[operator]
+    kernel = op.Reshape(turned, [read * step * step, made, *shape])
     blocks = op.Conv(
         dy, kernel, kernel_shape=shape, strides=[1, 1], dilations=[1, 1], pads=before + after, group=1
     )
