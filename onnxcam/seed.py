@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -130,16 +130,18 @@ def _all_rows_at_once(
         read = None if found is None else _vectors_read(walk, found, seed)
         if found is None or read is None:
             return None
+        meetings = list(_meetings(walk, read, seed))
     finally:
         _rename_rows(forward, ROWS, batch)
         _rename_rows([value for node in op.nodes[first:] for value in node.outputs], ROWS, None)
     with op.before(walk[0]) if walk else contextlib.nullcontext():
         rows = seeds.weights(*(_as_rows(op, item) for item in seeds.items))
-        repeated = {value: _for_each_sum(op, value, seeds.items[0]) for value in read}
-    for node in walk:
-        for index, value in enumerate(node.inputs):
-            if value in repeated:
-                node.replace_input_with(index, repeated[value])
+    repeated: dict[Value, Value] = {}
+    for node, index, vector in meetings:
+        if vector not in repeated:
+            with op.before(node):
+                repeated[vector] = _for_each_sum(op, vector, seeds.items[0])
+        node.replace_input_with(index, repeated[vector])
     if found is seed:
         found = rows
     seed.replace_all_uses_with(rows)
@@ -197,6 +199,25 @@ def _vectors_read(walk: Sequence[ir.Node], found: Value, seed: Value) -> list[Va
                 read[value] = None
             live.add(value)
     return list(read)
+
+
+def _meetings(
+    walk: Sequence[ir.Node], read: Sequence[Value], seed: Value
+) -> Iterator[tuple[ir.Node, int, Value]]:
+    """Yield where the walk of the seed reads a vector of the image: the node, the input's number, the vector.
+
+    What follows from such vectors alone, a slope, is one itself and computed once for all sums.
+    """
+    of_sums, of_images = {seed}, set(read)
+    for node in walk:
+        own = of_images.intersection(node.inputs)
+        if own and not of_sums.intersection(node.inputs) and all(map(_is_vector, node.outputs)):
+            of_images.update(node.outputs)
+        elif own or of_sums.intersection(node.inputs):
+            of_sums.update(node.outputs)
+            for index, value in enumerate(node.inputs):
+                if value in own:
+                    yield node, index, value
 
 
 def _is_vector(value: Value) -> bool:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -15,14 +15,15 @@ from onnxcam.vjp.shapes import axes_of, constant_array, dims, is_constant
 def simplify(op: Emitter) -> None:
     """Apply each identity wherever it fits; `Emitter.remove_dead` then removes what is no longer read."""
     for emitted in list(op.nodes):
-        node: ir.Node | None = emitted
-        while node is not None:
-            node = _replaced(op, node)
+        waiting = [emitted]
+        while waiting:
+            first = len(op.nodes)
+            _replace(op, waiting.pop())
+            waiting += op.nodes[first:]  # which may fit another one
 
 
-def _replaced(op: Emitter, node: ir.Node) -> ir.Node | None:
-    """Apply the first identity that fits, and return the new node that may fit another one."""
-    first = len(op.nodes)
+def _replace(op: Emitter, node: ir.Node) -> None:
+    """Apply the first identity that fits."""
     for identity in IDENTITIES:
         with op.before(node):
             better = identity(op, node)
@@ -30,9 +31,7 @@ def _replaced(op: Emitter, node: ir.Node) -> ir.Node | None:
                 better = op.Identity(better)
         if better is not None:
             node.outputs[0].replace_all_uses_with(better, replace_graph_outputs=True)
-            made = better.producer()
-            return made if made in op.nodes[first:] else None
-    return None
+            return
 
 
 def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
@@ -45,7 +44,7 @@ def _one_hot_times_weights(op: Emitter, node: ir.Node) -> ir.Value | None:
         return None
     index, _, values = one_hot.inputs
     assert index is not None and values is not None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes = _attributes(node)
     if len(node.inputs) > 2 or attributes.get("transA") or one_hot.attributes or _rank(index) != 1:
         return None
     transposed = bool(attributes.get("transB"))
@@ -123,6 +122,16 @@ def _factor_of_product(op: Emitter, node: ir.Node) -> ir.Value | None:
     if not isinstance(before, int) or not isinstance(after, int) or after >= before:
         return None
     return op.node(factor.op_type, op.Reshape(op.MatMul(factor.of, y), shape), factor.number)
+
+
+def _factor_of_view(op: Emitter, node: ir.Node) -> ir.Value | None:
+    """What is multiplied with a number and then viewed otherwise is viewed first: the number may go on."""
+    factor = _factor(node.inputs[0]) if node.op_type in ("Reshape", "Squeeze", "Unsqueeze") else None
+    if factor is None:
+        return None
+    view = op.node(node.op_type, factor.of, *node.inputs[1:], **_attributes(node))
+    view.shape = node.outputs[0].shape
+    return op.node(factor.op_type, view, factor.number)
 
 
 class _Factor(NamedTuple):
@@ -222,7 +231,7 @@ def _is_complement(value: ir.Value | None, s: ir.Value) -> bool:
     node = None if value is None else value.producer()
     if node is None or node.op_type != "HardSigmoid" or node.inputs[0] is not s:
         return False
-    return {name: attribute.value for name, attribute in node.attributes.items()} == {"alpha": -1, "beta": 1}
+    return _attributes(node) == {"alpha": -1, "beta": 1}
 
 
 def _sum_of_parts(op: Emitter, node: ir.Node) -> ir.Value | None:
@@ -341,6 +350,10 @@ def _at_part(op: Emitter, other: ir.Value | None, part: _Part, ndim: int) -> ir.
     return op.Slice(other, [part.start], [part.end], [axis]) if known else None
 
 
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
 def _rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
@@ -350,7 +363,8 @@ IDENTITIES = (
     _factor_of_product,
     _mean_of_repeated,
     _repeated_in_passing,
-    _rows_of_all_sums,
+    _rows_of_all_sums,  # finds the numbers where they are, before views
+    _factor_of_view,
     _slope_of_swish,
     _squeezed_again,
     _sum_of_parts,

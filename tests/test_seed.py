@@ -196,6 +196,19 @@ def resolve(scores, classes):
     return reference(model).run(None, {"scores": scores, "classes": classes})
 
 
+def test_slopes_of_the_head_are_computed_once_for_all_sums():
+    added = explained(build(BENT_HEAD), layer="r", emit=("cam",))
+    model = ir.from_proto(added)
+    of_classes = {value for value in model.graph.inputs if value.name == "cam_class"}
+    slopes = []
+    for node in model.graph:
+        if of_classes.intersection(node.inputs):
+            of_classes.update(node.outputs)
+            assert node.op_type != "HardSigmoid"
+        slopes += [node] if node.op_type == "HardSigmoid" else []
+    assert len(slopes) == 3
+
+
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.data())
 def test_classes_are_resolved_as_sorting_would(data):

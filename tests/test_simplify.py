@@ -201,6 +201,23 @@ def test_the_smaller_of_a_matrix_and_its_product_is_scaled(columns, dtype, later
     np.testing.assert_allclose(got, [a / 7 @ weights], rtol=1e-13 if later else 1e-2)
 
 
+def test_a_factor_goes_on_behind_views_and_the_product():
+    def emit(op, x):
+        column = op.Reshape(op.Div(op.Unsqueeze(x, [0, 3]), 7.0), [1, 3, 6, 1])
+        return op.Reshape(op.MatMul(op.Squeeze(column, [0, 3]), W66[:, :2]), [1, 3, 2])
+
+    x = ir.Value(name="i", shape=ir.Shape((3, 6)), type=ir.TensorType(ir.DataType.DOUBLE))
+    graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 18})
+    op = Emitter(graph, 18, "test")
+    graph.outputs.append(op.Identity(emit(op, x)))
+    simplify(op)
+    op.remove_dead(list(graph.outputs))
+    assert [n.op_type for n in graph][-5:] == ["Squeeze", "MatMul", "Reshape", "Div", "Identity"]
+    a = RNG.standard_normal((3, 6))
+    (got,) = reference(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, {"i": a})
+    np.testing.assert_allclose(got, [a / 7 @ W66[:, :2]], rtol=1e-13)
+
+
 def swish(x_of_y=0, alpha=-1.0):
     """The gradient of Y = x sigmoid(x) by its factors, as the rules of Mul and Sigmoid write it."""
 
