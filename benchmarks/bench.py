@@ -239,7 +239,8 @@ def against(peer: str, name: str, method: str, pairs: int, layer: str | None = N
     theirs = _peer(peer, method, module, where)
     asked = {**feeds, "cam_class": np.array([[0]])}
     # PyTorch's threads go on spinning for long, on the cores that the other one needs.
-    return in_turn(lambda: theirs(x), lambda: ours.run(["cam_heatmap"], asked), pairs, rest=0.3)
+    calls = 5 if method == "gradcam" else 1
+    return in_turn(lambda: theirs(x), lambda: ours.run(["cam_heatmap"], asked), pairs, rest=0.3, calls=calls)
 
 
 def _peer(peer: str, method: str, module: Any, layer: Any) -> Callable[[Any], Any]:

@@ -43,9 +43,23 @@ class Ratio:
 
 
 def in_turn(
-    first: Callable[[], object], second: Callable[[], object], pairs: int, warm: int = 3, rest: float = 0.0
+    first: Callable[[], object],
+    second: Callable[[], object],
+    pairs: int,
+    warm: int = 3,
+    rest: float = 0.0,
+    calls: int = 1,
 ) -> Ratio:
-    """Call both in turn, each pair in the other order, and compare the times; `rest`: seconds before each."""
+    """Call both in turn, each pair in the other order, and compare the times.
+
+    Args:
+        first, second: what is measured.
+        pairs: how often.
+        warm: calls of both before, which are not measured.
+        rest: seconds before each, in which threads of the other one come to rest.
+        calls: how many in a row are one measurement. Where there are several, one more goes before them,
+            as cores that rested take longer at first.
+    """
     for _ in range(warm):
         first()
         second()
@@ -53,10 +67,14 @@ def in_turn(
     for pair in range(pairs):
         took = [0.0, 0.0]
         for which in (0, 1) if pair % 2 else (1, 0):
+            call = (first, second)[which]
             time.sleep(rest)
+            if calls > 1:
+                call()
             start = time.perf_counter()
-            (first, second)[which]()
-            took[which] = time.perf_counter() - start
+            for _ in range(calls):
+                call()
+            took[which] = (time.perf_counter() - start) / calls
         times.append((took[0], took[1]))
     return Ratio.of(times)
 
