@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from benchmarks.zoo import exported, made
 from onnxcam import gradient
@@ -25,6 +26,8 @@ class Ratio:
         low, median, high: quartiles of the ratios, pair by pair.
         seconds: medians of what both took.
         pairs: how many there were.
+        best: what the median would be if the second took no longer than the predictions that it needs; None:
+            not measured.
     """
 
     low: float
@@ -32,51 +35,51 @@ class Ratio:
     high: float
     seconds: tuple[float, float]
     pairs: int
+    best: float | None = None
 
     @classmethod
-    def of(cls, times: "Sequence[tuple[float, float]]") -> "Ratio":
-        """Make it of the measurements of both, pair by pair."""
-        array = np.array(times)
+    def of(cls, times: Sequence[tuple[float, float]] | NDArray[np.float64]) -> "Ratio":
+        """Make it of the measurements [pairs,2] of both."""
+        array = np.asarray(times)
         low, median, high = np.percentile(array[:, 0] / array[:, 1], [25, 50, 75])
         first, second = np.median(array, axis=0)
         return cls(float(low), float(median), float(high), (float(first), float(second)), len(array))
 
 
 def in_turn(
-    first: Callable[[], object],
-    second: Callable[[], object],
-    pairs: int,
-    warm: int = 3,
-    rest: float = 0.0,
-    calls: int = 1,
+    first: Callable[[], object], second: Callable[[], object], pairs: int, warm: int = 3, rest: float = 0.0
 ) -> Ratio:
-    """Call both in turn, each pair in the other order, and compare the times.
+    """Compare the times of two calls, see `rounds`."""
+    return Ratio.of(rounds((first, second), pairs, warm, rest))
+
+
+def rounds(
+    calls: Sequence[Callable[[], object]], count: int, warm: int = 3, rest: float = 0.0, row: int = 1
+) -> NDArray[np.float64]:
+    """Call each in turn, every second time in the other order, and return the seconds [count,calls].
 
     Args:
-        first, second: what is measured.
-        pairs: how often.
-        warm: calls of both before, which are not measured.
-        rest: seconds before each, in which threads of the other one come to rest.
-        calls: how many in a row are one measurement. Where there are several, one more goes before them,
-            as cores that rested take longer at first.
+        calls: what is measured.
+        count: how often.
+        warm: calls of each before, which are not measured.
+        rest: seconds before each, in which the threads of another one come to rest.
+        row: how many in a row are one measurement, of which the mean counts. Where there are several, one
+            more goes before them, as cores that rested take longer at first.
     """
     for _ in range(warm):
-        first()
-        second()
-    times = []
-    for pair in range(pairs):
-        took = [0.0, 0.0]
-        for which in (0, 1) if pair % 2 else (1, 0):
-            call = (first, second)[which]
+        for call in calls:
+            call()
+    times = np.zeros((count, len(calls)))
+    for number, took in enumerate(times):
+        for which in range(len(calls)) if number % 2 else reversed(range(len(calls))):
             time.sleep(rest)
-            if calls > 1:
-                call()
+            if row > 1:
+                calls[which]()
             start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            took[which] = (time.perf_counter() - start) / calls
-        times.append((took[0], took[1]))
-    return Ratio.of(times)
+            for _ in range(row):
+                calls[which]()
+            took[which] = (time.perf_counter() - start) / row
+    return times
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
