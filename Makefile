@@ -36,7 +36,7 @@ parity: .venv-test/ready
 parity-check: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.parity
 
-# What explaining costs, against the goals; writes benchmarks/results.md. Half an hour, on a machine that does
+# What explaining costs, against the goals; writes benchmarks/results.md. An hour, on a machine that does
 # nothing else.
 bench: .venv-test/ready
 	.venv-test/bin/python -W ignore -m benchmarks.bench

@@ -78,7 +78,7 @@ def page() -> Iterator[str]:
     yield ""
     yield "Written by `make bench-why`, by onnxruntime's own profile of one picture on 2 threads."
     yield from (__doc__ or "").strip().splitlines()[4:]
-    for name in ("resnet50", "efficientnet_b0"):
+    for name in ("resnet50", "efficientnet_b0", "mobilenet_v3_large"):
         path = plain(name)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.onnx"
