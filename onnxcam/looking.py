@@ -186,7 +186,7 @@ def activations(
     batch = dims(picture)[0]
     assert picture.dtype is not None
     feed = np.repeat(x.astype(picture.dtype.numpy()), batch if isinstance(batch, int) else 1, axis=0)
-    session = start(own, provider_named("cpu"))
+    session = start(own, provider_named("cpu"), "the model")
     (values,) = run(session, [planes.name or ""], {picture.name or "": feed}, "the model")
     name = f"{source.name} ({source.module})" if source.module else source.name
     return Activations(values[0].astype(np.float32), name)

@@ -566,7 +566,7 @@ def _attached(path: Path, provider: str, plan: Plan, options: Mapping[str, Any])
     """Attach a plain model in memory and open a session on it."""
     from onnxcam.attaching import attach
 
-    return start(attach(path, **options), provider, plan)
+    return start(attach(path, **options), provider, f"{path} with its maps", plan)
 
 
 def _of_classes(scores: NDArray[np.float64], mask: "NDArray[Any] | None") -> NDArray[np.float64]:

@@ -121,8 +121,11 @@ def _session(model: str, provider: str, plan: Plan) -> Any:
     return session
 
 
-def open_file(path: Path, provider: str, plan: Plan) -> Any:
-    """Open a session on a model file, with onnxcam's own words for what is wrong with the file."""
+def open_file(path: Path, provider: str, plan: Plan, what: object = None) -> Any:
+    """Open a session on a model file, with onnxcam's own words for what is wrong with the file.
+
+    `what` is what it is called where it cannot be loaded; None: its path.
+    """
     try:
         return _session(os.fspath(path), provider, plan)
     except OnnxcamError:
@@ -131,15 +134,16 @@ def open_file(path: Path, provider: str, plan: Plan) -> Any:
         from onnxcam import onnxfile
 
         onnxfile.load(path)
-        raise OnnxcamError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
+        raise OnnxcamError(f"onnxruntime cannot load {what or path}: {_first_line(error)}") from error
 
 
-def start(model: "ir.Model", provider: str, plan: Plan = Plan()) -> Any:
+def start(model: "ir.Model", provider: str, what: object, plan: Plan = Plan()) -> Any:
     """Open a session on a model in memory.
 
     Args:
         model: it may be of any size.
         provider: onnxruntime's name of it.
+        what: what the model is called where it cannot be loaded.
         plan: how it is opened.
 
     Raises:
@@ -152,7 +156,7 @@ def start(model: "ir.Model", provider: str, plan: Plan = Plan()) -> Any:
     with tempfile.TemporaryDirectory(prefix="onnxcam-") as folder:
         path = Path(folder) / "model.onnx"
         onnxfile.save(model, path)
-        return open_file(path, provider, plan)
+        return open_file(path, provider, plan, what)
 
 
 def run(

@@ -481,7 +481,7 @@ def _strip(node: onnx.NodeProto) -> None:
 def _maps(subject: _Subject) -> Verdict:
     names = _names(v for v in subject.model.graph.outputs if _is_ours(v))
     feeds = {**subject.feeds, **_asked(subject.model.graph.inputs, subject.scores)}
-    session = start(subject.model, provider_named("cpu"))
+    session = start(subject.model, provider_named("cpu"), subject.path)
     found = run(session, names, feeds, subject.path)
     wanted = _run(subject.fresh, names, feeds, subject.path)
     off = _differences(names, found, wanted)
@@ -716,7 +716,7 @@ def _asked(inputs: Iterable[Value], scores: Array, by_rank: bool = True) -> dict
 
 
 def _run(model: ir.Model, names: Sequence[str], feeds: Mapping[str, Array], what: object) -> list[Array]:
-    return run(start(model, provider_named("cpu")), names, feeds, what)
+    return run(start(model, provider_named("cpu"), what), names, feeds, what)
 
 
 def _differences(names: Sequence[str], found: Sequence[Array], wanted: Sequence[Array]) -> dict[str, float]:
