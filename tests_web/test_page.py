@@ -273,11 +273,16 @@ def test_served_by_onnxcam_it_may_use_threads(visit):
 
 def test_the_command_serves_until_it_is_interrupted(visit, explainer):
     command = [sys.executable, ROOT / "cli.py", "web", MODEL, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        screen = visit(process.stdout.readline().strip()).ready()
-        agrees(screen.give(PHOTO).shows(CAT), explainer(PHOTO))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+    # What a shell runs in the background ignores interruptions, and so does what that starts.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding) as process:
+        try:
+            screen = visit(process.stdout.readline().strip()).ready()
+            agrees(screen.give(PHOTO).shows(CAT), explainer(PHOTO))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_any_file_server_serves_it(visit, explainer):
