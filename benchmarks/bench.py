@@ -244,14 +244,10 @@ def against(
     theirs = _peer(peer, method, module, where)
     asked = {**feeds, "cam_class": np.array([[0]])}
     # PyTorch's threads go on spinning for long, on the cores that the other one needs.
-    calls = (
-        lambda: theirs(x),
-        lambda: ours.run(["cam_heatmap"], asked),
-        lambda: [alone.run(None, feeds) for _ in range(predictions)],
-    )
-    times = rounds(calls, pairs, rest=0.3, row=5 if method == "gradcam" else 1)
-    best = float(np.median(times[:, 0] / times[:, 2])) if predictions else None
-    return dataclasses.replace(Ratio.of(times[:, :2]), best=best)
+    calls = [lambda: theirs(x), lambda: ours.run(["cam_heatmap"], asked)]
+    if predictions:
+        calls.append(lambda: [alone.run(None, feeds) for _ in range(predictions)])
+    return Ratio.of(rounds(calls, pairs, rest=0.3, row=5 if method == "gradcam" else 1))
 
 
 def _peer(peer: str, method: str, module: Any, layer: Any) -> Callable[[Any], Any]:
@@ -350,16 +346,14 @@ def folder(name: str, pairs: int) -> Ratio:
         _photos(photos, 500)
         attach(_file(name), out, resize="crop:256", **IMAGENET)
         scripts = [("benchmarks.peer_folder", name), ("benchmarks.own_folder", str(out))]
-        times, alone = [], []
+        times = []
         for _ in range(pairs):
             took = []
             for script, model in scripts:
                 command = [sys.executable, "-W", "ignore", "-m", script, str(photos), model]
                 took.append(float(subprocess.check_output(command, cwd=ROOT, text=True).split()[-1]))
-            times.append((took[0], took[1]))
-            alone.append(_predicting(_file(name), 500))
-    best = float(np.median(np.array(times)[:, 0] / alone))
-    return dataclasses.replace(Ratio.of(times), best=best)
+            times.append([*took, _predicting(_file(name), 500)])
+    return Ratio.of(times)
 
 
 def _predicting(path: Path, count: int) -> float:

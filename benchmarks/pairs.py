@@ -38,12 +38,13 @@ class Ratio:
     best: float | None = None
 
     @classmethod
-    def of(cls, times: Sequence[tuple[float, float]] | NDArray[np.float64]) -> "Ratio":
-        """Make it of the measurements [pairs,2] of both."""
+    def of(cls, times: Sequence[Sequence[float]] | NDArray[np.float64]) -> "Ratio":
+        """Make it of the measurements [pairs,2] of both, or [pairs,3] with those of the predictions alone."""
         array = np.asarray(times)
         low, median, high = np.percentile(array[:, 0] / array[:, 1], [25, 50, 75])
-        first, second = np.median(array, axis=0)
-        return cls(float(low), float(median), float(high), (float(first), float(second)), len(array))
+        first, second = np.median(array[:, :2], axis=0)
+        best = float(np.median(array[:, 0] / array[:, 2])) if array.shape[1] > 2 else None
+        return cls(float(low), float(median), float(high), (float(first), float(second)), len(array), best)
 
 
 def in_turn(

@@ -210,10 +210,10 @@ def _meetings(
     """
     of_sums, of_images = {seed}, set(read)
     for node in walk:
-        own = of_images.intersection(node.inputs)
-        if own and not of_sums.intersection(node.inputs) and all(map(_is_vector, node.outputs)):
+        own, summed = (values.intersection(node.inputs) for values in (of_images, of_sums))
+        if own and not summed and all(map(_is_vector, node.outputs)):
             of_images.update(node.outputs)
-        elif own or of_sums.intersection(node.inputs):
+        elif own or summed:
             of_sums.update(node.outputs)
             for index, value in enumerate(node.inputs):
                 if value in own:

@@ -86,16 +86,10 @@ def _rows_of_all_sums(op: Emitter, node: ir.Node) -> ir.Value | None:
         return None
     if sizes is None or not sizes.size or (sizes[1:] != 1).any():
         return None
-    factors = []
-    while True:
-        factor, (view, known) = _factor(rows), _operands("Reshape", rows)
-        if factor is not None:
-            factors.append(factor)
-            rows = factor.of
-        elif view is not None and known is not None and is_constant(known):
-            rows = view
-        else:
-            break
+    view, known = _operands("Reshape", rows)
+    while view is not None and known is not None and is_constant(known):
+        rows = view
+        view, known = _operands("Reshape", rows)
     weights, line = _operands("Gather", rows)
     if weights is None or _operands("Reshape", line)[0] is not index:
         return None
@@ -103,8 +97,6 @@ def _rows_of_all_sums(op: Emitter, node: ir.Node) -> ir.Value | None:
     if ("axis" in attributes and attributes["axis"].as_int()) or dims(weights)[1:] != [sizes[0]]:
         return None
     found = op.Gather(weights, index, axis=0)
-    for factor in reversed(factors):
-        found = op.node(factor.op_type, found, factor.number)
     return op.Unsqueeze(found, [*range(3, 2 + len(sizes))]) if len(sizes) > 1 else found
 
 
@@ -361,10 +353,10 @@ def _rank(value: ir.Value) -> int | None:
 IDENTITIES = (
     _one_hot_times_weights,
     _factor_of_product,
+    _factor_of_view,
     _mean_of_repeated,
     _repeated_in_passing,
-    _rows_of_all_sums,  # finds the numbers where they are, before views
-    _factor_of_view,
+    _rows_of_all_sums,
     _slope_of_swish,
     _squeezed_again,
     _sum_of_parts,

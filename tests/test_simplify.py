@@ -187,17 +187,13 @@ def test_other_views_of_rows_stay(name):
 def test_the_smaller_of_a_matrix_and_its_product_is_scaled(columns, dtype, later):
     """In half precision not the product, which may be too large before."""
     dtype = ir.DataType[dtype]
-    x = ir.Value(name="x", shape=ir.Shape((3, 6)), type=ir.TensorType(dtype))
-    graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 18})
-    op = Emitter(graph, 18, "test")
     weights = W66[:, :columns].astype(dtype.numpy())
-    graph.outputs.append(op.Identity(op.Reshape(op.MatMul(op.Div(x, 7.0), weights), [1, 3, columns])))
-    simplify(op)
-    op.remove_dead(list(graph.outputs))
-    order = ["MatMul", "Reshape", "Div"] if later else ["Div", "MatMul", "Reshape"]
-    assert [node.op_type for node in graph] == [*order, "Identity"]
+    found, model = in_order(
+        lambda op, x: op.Reshape(op.MatMul(op.Div(x, 7.0), weights), [1, 3, columns]), dtype
+    )
+    assert found == (["MatMul", "Reshape", "Div"] if later else ["Div", "MatMul", "Reshape"])
     a = RNG.standard_normal((3, 6)).astype(dtype.numpy())
-    (got,) = reference(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, {"x": a})
+    (got,) = model.run(None, {"x": a})
     np.testing.assert_allclose(got, [a / 7 @ weights], rtol=1e-13 if later else 1e-2)
 
 
@@ -206,16 +202,24 @@ def test_a_factor_goes_on_behind_views_and_the_product():
         column = op.Reshape(op.Div(op.Unsqueeze(x, [0, 3]), 7.0), [1, 3, 6, 1])
         return op.Reshape(op.MatMul(op.Squeeze(column, [0, 3]), W66[:, :2]), [1, 3, 2])
 
-    x = ir.Value(name="i", shape=ir.Shape((3, 6)), type=ir.TensorType(ir.DataType.DOUBLE))
+    found, model = in_order(emit, ir.DataType.DOUBLE)
+    assert found == ["Unsqueeze", "Reshape", "Squeeze", "MatMul", "Reshape", "Div"]
+    a = RNG.standard_normal((3, 6))
+    (got,) = model.run(None, {"x": a})
+    np.testing.assert_allclose(got, [a / 7 @ W66[:, :2]], rtol=1e-13)
+
+
+def in_order(emit, dtype):
+    """The operators that are left of a graph of one input `x` [3,6], in order, and the model."""
+    x = ir.Value(name="x", shape=ir.Shape((3, 6)), type=ir.TensorType(dtype))
     graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 18})
     op = Emitter(graph, 18, "test")
     graph.outputs.append(op.Identity(emit(op, x)))
     simplify(op)
     op.remove_dead(list(graph.outputs))
-    assert [n.op_type for n in graph][-5:] == ["Squeeze", "MatMul", "Reshape", "Div", "Identity"]
-    a = RNG.standard_normal((3, 6))
-    (got,) = reference(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, {"i": a})
-    np.testing.assert_allclose(got, [a / 7 @ W66[:, :2]], rtol=1e-13)
+    *operators, identity = [node.op_type for node in graph]
+    assert identity == "Identity"
+    return operators, reference(ir.to_proto(ir.Model(graph, ir_version=10)))
 
 
 def swish(x_of_y=0, alpha=-1.0):
